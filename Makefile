@@ -1,0 +1,63 @@
+# Every target sets up the environment that it needs in $(VENV); a second run finds it ready.
+#
+#   PYTHON     the interpreter that makes the environment, 3.11 or newer
+#   PIP_FLAGS  options for every `pip install`, e.g. another package index. PyPI's torch for Linux brings
+#              gigabytes of CUDA libraries; a machine without an NVIDIA GPU can do with the CPU build:
+#              make demo PIP_FLAGS="--extra-index-url URL", URL being the CPU index on pytorch.org's install page
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+# Two workers, one thread each: more threads only get in each other's way on tiny models.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+CODE := setup.py $(wildcard src training benchmarks tests)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow check format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.base ## draw several of each digit with the bundled model into digits.png
+	$(BIN)/transdiff generate --count 6 --output digits.png
+
+test: $(VENV)/.test ## run the tests (minutes on two cores)
+	$(PYTEST) -m "not slow and not browser"
+
+test-slow: $(VENV)/.test ## run the long tests
+	$(PYTEST) -m slow
+
+check: $(VENV)/.dev ## lint, formatting, types
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy $(wildcard src training benchmarks)
+
+format: $(VENV)/.dev ## mend formatting and import order
+	$(BIN)/ruff check --select I --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+clean: ## remove the environment and everything that tools and the demo wrote
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache digits.png
+
+# The environment, in layers. A stamp is touched last, so an interrupted set-up starts again.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, \
+	this is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: setup.py constraints.txt | $(BIN)/python
+	@echo "Setting up $(VENV): the first time torch is downloaded, which can take minutes"
+	$(INSTALL) torch
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(INSTALL) -e ".[train,test]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(INSTALL) -e ".[train,dev]"
+	@touch $@

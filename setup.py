@@ -1,0 +1,62 @@
+"""Packaging of transdiff_pipelines.
+
+The ranges follow what was tried (`constraints.txt` pins it): diffusers is held to one minor version because the
+package registers itself in tables that diffusers does not promise to keep.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+BASE = [
+    "torch>=2.13,<3",
+    "diffusers>=0.42,<0.43",
+    "transformers>=5.20,<6",  # diffusers' LoRA loaders import it
+    "accelerate>=1.15,<2",
+    "safetensors>=0.8,<1",
+    "huggingface_hub>=2.4,<3",
+    "peft>=0.21,<0.22",
+    "typer>=0.29,<1",
+    "numpy>=2",
+    "Pillow>=12",
+]
+
+EXTRAS = {
+    "train": [
+        "datasets>=5,<6",
+        "matplotlib>=3.10",
+        "PyYAML>=6",
+        "scikit-learn>=1.8",  # the digits recipe: its images, and the classifier that judges the samples
+        "tensorboard>=2.20",
+    ],
+    "test": ["pytest>=9", "pytest-timeout>=2.4", "pytest-xdist>=3.8"],
+    "dev": ["mypy>=2", "ruff>=0.17,<0.18", "types-PyYAML>=6"],
+}
+
+README = Path(__file__).parent / "README.md"
+
+setup(
+    name="transdiff_pipelines",
+    version="0.1.0",
+    description="TransDiff: autoregressive transformer and diffusion image generation as a diffusers pipeline",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    author="The transdiff_pipelines authors",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",  # as diffusers 0.42 asks
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"transdiff_pipelines": ["py.typed", "checkpoints/**/*", "data/*"]},
+    install_requires=BASE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["transdiff = transdiff_pipelines.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    zip_safe=False,
+)
