@@ -1,0 +1,114 @@
+"""Write scikit-learn's bundled digits as an image folder: `DIR/{train,validation,test}/{0..9}/NNNN.png`.
+
+The data are 1,797 real handwritten digits (8x8 pixels, 0..16). They come with scikit-learn, so nothing is
+downloaded. Every image is enlarged to 32x32 grey pixels such that the mean of each 4x4 block is the original
+pixel: pooling an image gives the original back, and measures taken on pooled pixels are measures on the data.
+
+    python -m training.digits.export --output data/digits
+"""
+
+import argparse
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+SPLITS = ("train", "validation", "test")
+DATA_MAXIMUM = 16  # load_digits counts inked pixels of a 4x4 block of a bitmap
+FACTOR = 4
+SPLIT_SEED = 0
+
+
+def refuse_existing(output: str | os.PathLike) -> None:
+    """Raise `FileExistsError` unless `output` is missing or an empty folder."""
+    output = Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not an empty folder; remove it or choose another --output")
+
+
+@contextmanager
+def new_folder(output: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder beside `output` that is renamed to it at the end: a folder that exists is complete.
+
+    Raises:
+        FileExistsError: `output` exists and is not an empty folder.
+    """
+    output = Path(output)
+    refuse_existing(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    temporary.chmod(0o755)  # mkdtemp's folders are private
+    try:
+        yield temporary
+        temporary.replace(output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def enlarge(image: np.ndarray, iterations: int = 40) -> np.ndarray:
+    """Enlarge an `(8, 8)` image in 0..16 to a smooth `(32, 32)` uint8 image with (nearly) the same 4x4 block means.
+
+    Iterative back-projection: the bicubic enlargement's block means miss the original by a little, so what is
+    missing is added to the small image and enlarged again. Clipping to 0..255 is part of the loop.
+    """
+    target = image.astype(np.float32) * (255 / DATA_MAXIMUM)
+    side = FACTOR * target.shape[0]
+    source = target.copy()
+    for _ in range(iterations):
+        large = np.clip(Image.fromarray(source).resize((side, side), Image.Resampling.BICUBIC), 0, 255)
+        source += target - block_means(large)
+    return np.round(large).astype(np.uint8)
+
+
+def block_means(images: np.ndarray, factor: int = FACTOR) -> np.ndarray:
+    """Mean of each `factor x factor` block: `(..., H, W)` to `(..., H / factor, W / factor)`."""
+    *batch, height, width = images.shape
+    return images.reshape(*batch, height // factor, factor, width // factor, factor).mean(axis=(-3, -1))
+
+
+def split_indices(labels: np.ndarray, seed: int = SPLIT_SEED) -> dict[str, np.ndarray]:
+    """Fixed stratified split into 70% train, 10% validation, 20% test: sorted indices by split name."""
+    everything = np.arange(len(labels))
+    rest, test = train_test_split(everything, test_size=0.2, stratify=labels, random_state=seed)
+    train, validation = train_test_split(rest, test_size=0.125, stratify=labels[rest], random_state=seed)
+    return {name: np.sort(part) for name, part in zip(SPLITS, (train, validation, test), strict=True)}
+
+
+def export(output: str | os.PathLike) -> dict[str, int]:
+    """Write the image folder and return the number of images in each split.
+
+    `NNNN` in a file name is the image's index in `load_digits()`, so every file can be traced.
+
+    Raises:
+        FileExistsError: `output` exists and is not an empty folder.
+    """
+    digits = load_digits()
+    splits = split_indices(digits.target)
+    with new_folder(output) as folder:
+        for name, indices in splits.items():
+            for index in indices:
+                path = folder / name / str(digits.target[index]) / f"{index:04d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(enlarge(digits.images[index])).save(path)
+    return {name: len(indices) for name, indices in splits.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", required=True, help="folder to create; must not exist or be empty")
+    options = parser.parse_args(arguments)
+    counts = export(options.output)
+    print(f"{options.output}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+
+
+if __name__ == "__main__":
+    main()
