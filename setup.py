@@ -1,7 +1,7 @@
 """Packaging of transdiff_pipelines.
 
-The ranges follow what was tried (`constraints.txt` pins it): diffusers is held to one minor version because the
-package registers itself in tables that diffusers does not promise to keep.
+The ranges follow what was tried (`constraints.txt` pins it). diffusers is held to one minor version, because
+the package registers itself in tables that diffusers does not promise to keep.
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ README = Path(__file__).parent / "README.md"
 setup(
     name="transdiff_pipelines",
     version="0.1.0",
-    description="TransDiff: autoregressive transformer and diffusion image generation as a diffusers pipeline",
+    description="TransDiff, class-to-image generation by autoregression and diffusion, for diffusers",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     author="The transdiff_pipelines authors",

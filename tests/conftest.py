@@ -1,7 +1,7 @@
 """What holds for every test: no network, no access to the user's model cache, one thread.
 
-The Hub variables are read when huggingface_hub is imported, so they are set before anything else. A test that talks to
-a server of its own starts a subprocess with its own values.
+The Hub variables are read when huggingface_hub is imported, so they are set before anything else. A test that
+talks to a server of its own starts a subprocess with its own values.
 """
 
 import os
