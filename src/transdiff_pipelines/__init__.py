@@ -1,0 +1,35 @@
+"""TransDiff (arXiv 2506.09482) as a diffusers package: label in, image out.
+
+Importing this package registers its classes with diffusers, so that `DiffusionPipeline.from_pretrained` and
+`AutoModel` load TransDiff checkpoints, from folders and from the Hub.
+"""
+
+from pathlib import Path
+
+# The base classes are exported for diffusers' loader, which looks for them here (see registration.py).
+from diffusers import ModelMixin, SchedulerMixin
+
+from .models import ARConditionEncoder, TransDiffTransformer2DModel
+from .pipelines import TransDiffPipeline
+from .registration import register_with_diffusers
+from .schedulers import FlowMatchEulerMaruyamaScheduler
+
+
+__version__ = "0.1.0"
+
+DIGITS = Path(__file__).parent / "checkpoints" / "digits"
+"""Folder of the bundled checkpoint: an MRAR model of handwritten digits."""
+
+register_with_diffusers(
+    ARConditionEncoder, TransDiffTransformer2DModel, FlowMatchEulerMaruyamaScheduler, TransDiffPipeline
+)
+
+__all__ = [
+    "DIGITS",
+    "ARConditionEncoder",
+    "FlowMatchEulerMaruyamaScheduler",
+    "ModelMixin",
+    "SchedulerMixin",
+    "TransDiffPipeline",
+    "TransDiffTransformer2DModel",
+]

@@ -1,0 +1,194 @@
+"""The autoregressive transformer: class labels, and images already made, become condition tokens.
+
+Shapes: B batch, C latent channels, s latent side, p AR patch size, S = s * s AR tokens, N = p * p images in a
+sequence of S / N tokens each, n reference images, K class tokens, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+
+from ..latents import pack_latents
+from .attention import LAYER_NORM_EPS, TransDiffAttention, feed_forward, initialize_linear_and_norm_weights
+
+
+@dataclass
+class ARConditionEncoderOutput(BaseOutput):
+    """Condition tokens of the `n + 1` groups encoded.
+
+    Attributes:
+        condition: `(B, (n + 1) * S / N, D)`, what the decoder attends to.
+        features: the same before the second position embedding; the semantic-diversity measure
+            (paper, Appendix D) is taken on these.
+    """
+
+    condition: torch.Tensor
+    features: torch.Tensor
+
+
+class ARTransformerBlock(nn.Module):
+    """Pre-norm transformer block: self-attention, then an MLP."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, mlp_ratio: float, dropout: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = TransDiffAttention(dim, heads, dim_head, dropout=dropout)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.ff = feed_forward(dim, mlp_ratio, dropout)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), attention_mask=attention_mask)
+        return hidden_states + self.ff(self.norm2(hidden_states))
+
+
+class ARConditionEncoder(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+    """Class labels, and with MRAR the images made so far, to condition tokens (paper, Eq. 9-12).
+
+    `patch_size` 1 is the 1-step model: one group of S mask tokens, attention in both directions, the condition a
+    function of the label alone. A larger p is Multi-Reference Autoregression: N = p² groups of S / N tokens, the
+    first of mask tokens, group i of image i - 1, with attention block-causal over [class tokens][group 0]…
+
+    Args:
+        num_classes: number of classes; the label `num_classes` is the null class of classifier-free guidance.
+        sample_size: latent side s the AR sequence is built for (16 in every published model, 512 px included).
+        in_channels: latent channels C.
+        patch_size: AR patch size p, a divisor of `sample_size`.
+        num_class_tokens: copies K of the class embedding in front of the sequence.
+        num_layers: transformer blocks.
+        num_attention_heads, attention_head_dim: their product is the width D.
+        mlp_ratio: hidden width of the MLPs over D.
+        dropout: probability on attention weights, attention outputs and both MLP linears, while training.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ARTransformerBlock"]
+    _repeated_blocks = ["ARTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["class_embedding", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        sample_size: int = 16,
+        in_channels: int = 16,
+        patch_size: int = 1,
+        num_class_tokens: int = 64,
+        num_layers: int = 24,
+        num_attention_heads: int = 12,
+        attention_head_dim: int = 64,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        if patch_size < 1 or sample_size % patch_size:
+            raise ValueError(
+                f"patch_size {patch_size} does not divide sample_size {sample_size}; choose a divisor of it"
+            )
+        dim = num_attention_heads * attention_head_dim
+        num_tokens = sample_size**2
+        self.num_images = patch_size**2
+        self.tokens_per_image = num_tokens // self.num_images
+        self.null_class = num_classes
+
+        # The last row is the null class, so dropping a label is choosing another label.
+        self.class_embedding = nn.Embedding(num_classes + 1, dim)
+        # Nothing reads the projection at patch_size 1; it exists because the released checkpoints hold it.
+        self.reference_projection = nn.Linear(in_channels * patch_size**2, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1 if patch_size == 1 else self.tokens_per_image, dim))
+        self.position_embedding = nn.Parameter(torch.empty(1, num_class_tokens + num_tokens, dim))
+        self.input_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.transformer_blocks = nn.ModuleList(
+            ARTransformerBlock(dim, num_attention_heads, attention_head_dim, mlp_ratio, dropout)
+            for _ in range(num_layers)
+        )
+        self.norm_out = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.condition_position_embedding = nn.Parameter(torch.empty(1, num_tokens, dim))
+        self.register_buffer("attention_mask", self._block_causal_mask(), persistent=False)
+        self.gradient_checkpointing = False
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Linears Xavier-uniform with zero bias, LayerNorms 1 and 0, every embedding normal with std 0.02."""
+        initialize_linear_and_norm_weights(self)
+        for embedding in (
+            self.class_embedding.weight,
+            self.mask_token,
+            self.position_embedding,
+            self.condition_position_embedding,
+        ):
+            nn.init.normal_(embedding, std=0.02)
+
+    def _block_causal_mask(self) -> torch.Tensor | None:
+        """`(K + S, K + S)`, True where a token may look: at its own group and all earlier ones (Eq. 12)."""
+        if self.num_images == 1:
+            return None
+        group_sizes = torch.tensor([self.config.num_class_tokens] + [self.tokens_per_image] * self.num_images)
+        group = torch.repeat_interleave(torch.arange(len(group_sizes)), group_sizes)
+        return group[:, None] >= group[None, :]
+
+    def _check_references(self, class_labels: torch.Tensor, reference_latents: torch.Tensor) -> None:
+        channels, side = self.config.in_channels, self.config.sample_size
+        expected = (class_labels.shape[0], "n", channels, side, side)
+        shape = tuple(reference_latents.shape)
+        if len(shape) != 5 or (shape[0], *shape[2:]) != (expected[0], *expected[2:]):
+            raise ValueError(f"reference_latents has shape {shape}; expected {expected}, n images per label")
+        if shape[1] >= self.num_images:
+            raise ValueError(
+                f"{shape[1]} reference images do not fit: a sequence of {self.num_images} images (patch_size "
+                f"{self.config.patch_size}) takes at most {self.num_images - 1}"
+            )
+
+    def forward(
+        self,
+        class_labels: torch.Tensor,
+        reference_latents: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> ARConditionEncoderOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Encode labels `(B,)` int64 and scaled latents `(B, n, C, s, s)` of n < N earlier images, or None.
+
+        Returns `condition` and `features`, `(B, (n + 1) * S / N, D)` each. With block-causal attention the first
+        groups of a longer sequence are those of a shorter one.
+
+        Raises:
+            ValueError: `reference_latents` has another shape, or too many images.
+        """
+        if class_labels.ndim != 1:
+            raise ValueError(
+                f"class_labels has shape {tuple(class_labels.shape)}; expected one label a sample, (B,)"
+            )
+        batch_size, num_class_tokens = class_labels.shape[0], self.config.num_class_tokens
+
+        class_token = self.class_embedding(class_labels).unsqueeze(1)
+        tokens = [
+            class_token.expand(-1, num_class_tokens, -1),
+            self.mask_token.expand(batch_size, self.tokens_per_image, -1).to(class_token.dtype),
+        ]
+        if reference_latents is not None:
+            self._check_references(class_labels, reference_latents)
+            patches = pack_latents(reference_latents.flatten(0, 1), self.config.patch_size)
+            patches = patches.reshape(batch_size, -1, patches.shape[-1])
+            tokens.append(self.reference_projection(patches.to(class_token.dtype)))
+        hidden_states = torch.cat(tokens, dim=1)
+
+        length = hidden_states.shape[1]
+        mask = None if self.attention_mask is None else self.attention_mask[None, None, :length, :length]
+        hidden_states = self.input_norm(hidden_states + self.position_embedding[:, :length])
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, mask)
+            else:
+                hidden_states = block(hidden_states, mask)
+
+        features = self.norm_out(hidden_states[:, num_class_tokens:])
+        condition = features + self.condition_position_embedding[:, : features.shape[1]]
+        if not return_dict:
+            return condition, features
+        return ARConditionEncoderOutput(condition=condition, features=features)

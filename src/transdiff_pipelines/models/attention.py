@@ -1,0 +1,129 @@
+"""Attention and weight initialisation shared by the condition encoder and the decoder.
+
+Shapes: B batch, S query tokens, T key tokens, D width, H heads, E = D / H head width.
+"""
+
+import math
+
+import torch
+from diffusers.models.attention import AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import nn
+
+
+LAYER_NORM_EPS = 1e-6
+
+
+class TransDiffAttnProcessor:
+    """softmax(q kᵀ / √E) v through diffusers' attention dispatcher, so that every backend serves."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "TransDiffAttention",
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        query, key, value = (
+            states.unflatten(-1, (-1, attn.head_dim))
+            for states in attn.project(hidden_states, encoder_hidden_states)
+        )
+        hidden_states = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=attn.dropout if attn.training else 0.0,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        hidden_states = hidden_states.flatten(2, 3).to(query.dtype)
+        for layer in attn.to_out:
+            hidden_states = layer(hidden_states)
+        return hidden_states
+
+
+class TransDiffAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head attention with biases and without q/k normalisation; self- or cross-attention.
+
+    Args:
+        dim: width D of queries and output.
+        heads: number of heads H; D = H * dim_head.
+        dim_head: head width E.
+        cross_attention_dim: width of the tokens attended to; None makes it self-attention.
+        dropout: probability for attention weights and for the output projection.
+    """
+
+    _default_processor_cls = TransDiffAttnProcessor
+    _available_processors = [TransDiffAttnProcessor]
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        cross_attention_dim: int | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.heads = heads
+        self.head_dim = dim_head
+        self.inner_dim = heads * dim_head
+        self.is_cross_attention = cross_attention_dim is not None
+        self.use_bias = True
+        self.dropout = dropout
+
+        source_dim = dim if cross_attention_dim is None else cross_attention_dim
+        self.to_q = nn.Linear(dim, self.inner_dim)
+        self.to_k = nn.Linear(source_dim, self.inner_dim)
+        self.to_v = nn.Linear(source_dim, self.inner_dim)
+        self.to_out = nn.ModuleList([nn.Linear(self.inner_dim, dim), nn.Dropout(dropout)])
+        self.set_processor(TransDiffAttnProcessor())
+
+    def project(
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Queries `(B, S, D)`, keys and values `(B, T, D)`, from fused projections where they were fused."""
+        if not self.is_cross_attention:
+            if self.fused_projections:
+                return self.to_qkv(hidden_states).chunk(3, dim=-1)
+            return self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+        if self.fused_projections:
+            return self.to_q(hidden_states), *self.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+        return self.to_q(hidden_states), self.to_k(encoder_hidden_states), self.to_v(encoder_hidden_states)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend from `(B, S, D)` to `encoder_hidden_states` `(B, T, ·)`, or to itself.
+
+        `attention_mask` is boolean, broadcastable to `(B, H, S, T)`, True where a query may look.
+        """
+        return self.processor(self, hidden_states, encoder_hidden_states, attention_mask)
+
+
+def feed_forward(dim: int, mlp_ratio: float, dropout: float) -> FeedForward:
+    """The MLP of both models: Linear, exact GELU, dropout, Linear, dropout."""
+    return FeedForward(
+        dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu", dropout=dropout, final_dropout=True
+    )
+
+
+def initialize_linear_and_norm_weights(model: nn.Module) -> None:
+    """Linears Xavier-uniform with zero bias; LayerNorms at their own default of 1 and 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, TransDiffAttention) and not module.is_cross_attention:
+            for projection in (module.to_q, module.to_k, module.to_v):
+                # Parity: the released model keeps the three as one (3D, D) linear, whose Xavier bound √(6 / 4D)
+                # is 1/√2 of that of a (D, D) linear.
+                nn.init.xavier_uniform_(projection.weight, gain=math.sqrt(0.5))

@@ -1,0 +1,167 @@
+"""The diffusion decoder: a DiT that predicts the velocity of a noisy latent, given condition tokens.
+
+Shapes: B batch, C latent channels, s latent side, P patch size, T = (s / P)² latent tokens, M condition tokens,
+D width.
+"""
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from ..latents import pack_latents, unpack_latents
+from .attention import LAYER_NORM_EPS, TransDiffAttention, feed_forward, initialize_linear_and_norm_weights
+
+
+TIMESTEP_CHANNELS = 256
+
+
+def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return hidden_states * (1 + scale) + shift
+
+
+class TransDiffTransformerBlock(nn.Module):
+    """Self-attention and MLP, modulated and gated by time; cross-attention to the condition, neither."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, mlp_ratio: float, dropout: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn1 = TransDiffAttention(dim, heads, dim_head, dropout=dropout)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn2 = TransDiffAttention(dim, heads, dim_head, cross_attention_dim=dim, dropout=dropout)
+        self.norm3 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.ff = feed_forward(dim, mlp_ratio, dropout)
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 6, dim))
+
+    def forward(
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, modulation: torch.Tensor
+    ) -> torch.Tensor:
+        """`hidden_states` `(B, T, D)`, `encoder_hidden_states` `(B, M, D)`, `modulation` `(B or 1, 6, D)`."""
+        vectors = (self.scale_shift_table + modulation).to(hidden_states.dtype)
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = vectors.chunk(6, dim=1)
+
+        attended = self.attn1(modulate(self.norm1(hidden_states), shift_attn, scale_attn))
+        hidden_states = hidden_states + gate_attn * attended
+        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), encoder_hidden_states)
+        transformed = self.ff(modulate(self.norm3(hidden_states), shift_ff, scale_ff))
+        return hidden_states + gate_ff * transformed
+
+
+class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+    """The DiT decoder of TransDiff: velocity v = ε - x₀ of x_t = (1 - t) x₀ + t ε (paper, Eq. 4, 5).
+
+    Args:
+        sample_size: latent side s (16 for 256 px, 32 for 512 px).
+        in_channels: latent channels C.
+        patch_size: side P of the patch that is one token; 1 in the published models.
+        num_layers: transformer blocks.
+        num_attention_heads, attention_head_dim: their product is the width D.
+        cross_attention_dim: width of the condition tokens.
+        mlp_ratio: hidden width of the MLPs over D.
+        dropout: probability on attention weights, attention outputs and both MLP linears, while training.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["TransDiffTransformerBlock"]
+    _repeated_blocks = ["TransDiffTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["proj_in", "time_embedding", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 16,
+        in_channels: int = 16,
+        patch_size: int = 1,
+        num_layers: int = 12,
+        num_attention_heads: int = 12,
+        attention_head_dim: int = 64,
+        cross_attention_dim: int = 768,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        if patch_size < 1 or sample_size % patch_size:
+            raise ValueError(
+                f"patch_size {patch_size} does not divide sample_size {sample_size}; choose a divisor of it"
+            )
+        dim = num_attention_heads * attention_head_dim
+        token_dim = in_channels * patch_size**2
+
+        self.proj_in = nn.Linear(token_dim, dim)
+        self.position_embedding = nn.Parameter(torch.empty(1, (sample_size // patch_size) ** 2, dim))
+        self.condition_projection = nn.Linear(cross_attention_dim, dim)
+        # [cos(ts f_i), sin(ts f_i)], f_i = 10000^(-i / 128)
+        self.time_proj = Timesteps(TIMESTEP_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(TIMESTEP_CHANNELS, dim)
+        self.time_modulation = nn.Linear(dim, 6 * dim)
+        self.transformer_blocks = nn.ModuleList(
+            TransDiffTransformerBlock(dim, num_attention_heads, attention_head_dim, mlp_ratio, dropout)
+            for _ in range(num_layers)
+        )
+        self.norm_out = nn.LayerNorm(dim, eps=LAYER_NORM_EPS, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, dim))
+        self.proj_out = nn.Linear(dim, token_dim)
+        self.gradient_checkpointing = False
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Linears Xavier-uniform with zero bias, modulation tables normal / √D, the last linear zero."""
+        initialize_linear_and_norm_weights(self)
+        nn.init.normal_(self.position_embedding, std=0.02)
+        for table in (
+            self.scale_shift_table,
+            *(block.scale_shift_table for block in self.transformer_blocks),
+        ):
+            nn.init.normal_(table, std=table.shape[-1] ** -0.5)
+        nn.init.zeros_(self.proj_out.weight)
+
+    def embed_time(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Timesteps `(B,)` to the time embedding `(B, D)` and the modulation `(B, 6, D)` that all blocks share."""
+        # The sinusoid is float32 whatever the model's dtype: bfloat16 cannot tell timestep 960 from 962.
+        embedding = self.time_embedding(self.time_proj(timestep.float()).to(dtype))
+        modulation = self.time_modulation(nn.functional.silu(embedding))
+        return embedding, modulation.unflatten(-1, (6, -1))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        encoder_hidden_states: torch.Tensor,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Velocity `(B, C, s, s)` of the noisy latents `hidden_states` `(B, C, s, s)`.
+
+        Args:
+            timestep: 1000 t in [0, 1000], `(B,)`, or one value for the batch; fractions are meaningful.
+            encoder_hidden_states: condition tokens `(B, M, cross_attention_dim)`, any number of them.
+
+        Raises:
+            ValueError: `hidden_states` is not of the latent size and channel count of the config.
+        """
+        height, width = hidden_states.shape[-2:]
+        expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
+        if tuple(hidden_states.shape[1:]) != expected:
+            raise ValueError(f"latents have shape {tuple(hidden_states.shape)}; expected (B, *{expected})")
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1)
+
+        tokens = self.proj_in(pack_latents(hidden_states, self.config.patch_size)) + self.position_embedding
+        condition = self.condition_projection(encoder_hidden_states)
+        # One timestep for the whole batch stays one row: its modulation is computed once and broadcast.
+        time_embedding, modulation = self.embed_time(timestep, tokens.dtype)
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, condition, modulation)
+            else:
+                tokens = block(tokens, condition, modulation)
+
+        shift, scale = (self.scale_shift_table + time_embedding[:, None]).to(tokens.dtype).chunk(2, dim=1)
+        tokens = self.proj_out(modulate(self.norm_out(tokens), shift, scale))
+        sample = unpack_latents(tokens, self.config.patch_size, height, width)
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)

@@ -1,0 +1,4 @@
+from .pipeline_transdiff import TransDiffPipeline, TransDiffPipelineOutput
+
+
+__all__ = ["TransDiffPipeline", "TransDiffPipelineOutput"]

@@ -1,0 +1,116 @@
+"""What fits together: checks of components and arguments, all made before any heavy work."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from ..models import ARConditionEncoder, TransDiffTransformer2DModel
+
+
+def check_components(
+    encoder: ARConditionEncoder | None,
+    transformer: TransDiffTransformer2DModel | None,
+    vae: AutoencoderKL | None,
+) -> None:
+    """Raise ValueError where the configs of the components that are present do not agree."""
+    if encoder is not None and transformer is not None:
+        width = encoder.config.num_attention_heads * encoder.config.attention_head_dim
+        if width != transformer.config.cross_attention_dim:
+            raise ValueError(
+                f"the condition encoder is {width} wide but the transformer's cross_attention_dim is "
+                f"{transformer.config.cross_attention_dim}; they belong to different models"
+            )
+        if encoder.config.in_channels != transformer.config.in_channels:
+            raise ValueError(
+                f"the condition encoder takes {encoder.config.in_channels} latent channels, the transformer "
+                f"{transformer.config.in_channels}; they belong to different models"
+            )
+        # A 1-step encoder reads no image, so the published 512 px model keeps the 256 px one's size.
+        if encoder.config.patch_size > 1 and encoder.config.sample_size != transformer.config.sample_size:
+            raise ValueError(
+                f"MRAR feeds the transformer's images back, but its sample_size is {transformer.config.sample_size} "
+                f"and the condition encoder's {encoder.config.sample_size}; they must be equal"
+            )
+    if transformer is not None and vae is not None:
+        if transformer.config.in_channels != vae.config.latent_channels:
+            raise ValueError(
+                f"the transformer makes {transformer.config.in_channels} latent channels, the VAE decodes "
+                f"{vae.config.latent_channels}; use the VAE the model was trained with"
+            )
+
+
+def check_scheduler(scheduler: SchedulerMixin | None) -> None:
+    """Raise ValueError for a scheduler that would read the velocity as something else: noise, not an image."""
+    if scheduler is None:
+        return
+    name = type(scheduler).__name__
+    prediction_type = scheduler.config.get("prediction_type", "flow_prediction")
+    if prediction_type != "flow_prediction":
+        raise ValueError(
+            f"{name} has prediction_type={prediction_type!r}, but the transformer predicts flow; use a flow-match "
+            f"scheduler, or make it with {name}.from_config(pipe.scheduler.config) where it knows 'flow_prediction'"
+        )
+    if not scheduler.config.get("use_flow_sigmas", True):
+        raise ValueError(
+            f"{name} has use_flow_sigmas=False, but the model was trained on the linear path; make it with "
+            f"{name}.from_config(pipe.scheduler.config, use_flow_sigmas=True)"
+        )
+
+
+def guidance_per_image(guidance_scale: float | Sequence[float], num_images: int) -> list[float]:
+    """One guidance scale for each image of the AR sequence, from one number or a list of `num_images`.
+
+    Raises:
+        TypeError: not a number, or not a list of numbers.
+        ValueError: a list of another length; a negative or non-finite scale.
+    """
+    scales = (
+        list(guidance_scale) if isinstance(guidance_scale, (list, tuple)) else [guidance_scale] * num_images
+    )
+    if len(scales) != num_images:
+        raise ValueError(
+            f"guidance_scale lists {len(scales)} values, but the model makes {num_images} image(s) a sequence; "
+            "pass one number, or one for each"
+        )
+    for scale in scales:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"guidance_scale {scale!r} is a {type(scale).__name__}; expected a number")
+        if not math.isfinite(scale) or scale < 0:
+            raise ValueError(
+                f"guidance_scale {scale} is not a finite number of at least 0; 1 means no guidance"
+            )
+    return [float(scale) for scale in scales]
+
+
+def check_call(
+    num_inference_steps: int,
+    num_images_per_label: int,
+    latents: torch.Tensor | None,
+    latents_shape: tuple[int, ...],
+    output_type: str,
+    callback_tensor_inputs: Sequence[str],
+    known_tensor_inputs: Sequence[str],
+) -> None:
+    """Raise ValueError or TypeError for arguments of a pipeline call that cannot work."""
+    for name, count in (
+        ("num_inference_steps", num_inference_steps),
+        ("num_images_per_label", num_images_per_label),
+    ):
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"{name} {count!r} is a {type(count).__name__}; expected an int")
+        if count < 1:
+            raise ValueError(f"{name} is {count}; at least 1 is needed")
+    if latents is not None and tuple(latents.shape) != latents_shape:
+        raise ValueError(
+            f"latents have shape {tuple(latents.shape)}; expected {latents_shape}: one for each image"
+        )
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"output_type {output_type!r} is unknown; choose 'pil', 'np', 'pt' or 'latent'")
+    unknown = [name for name in callback_tensor_inputs if name not in known_tensor_inputs]
+    if unknown:
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs has {unknown}; a callback can be given {list(known_tensor_inputs)}"
+        )

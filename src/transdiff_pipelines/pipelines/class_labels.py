@@ -1,0 +1,87 @@
+"""Class labels as people write them, ints and names, to class ids."""
+
+import difflib
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+
+
+ClassLabels = int | str | list[int | str] | tuple[int | str, ...] | torch.Tensor
+
+
+class ClassNames:
+    """The names of a class set. A name may be a list of synonyms, separated by commas, as ImageNet's are.
+
+    Args:
+        id2label: class id to name; keys may be strings, as JSON leaves them.
+    """
+
+    def __init__(self, id2label: Mapping[int | str, str] | None):
+        ids_by_name: dict[str, list[int]] = defaultdict(list)
+        for class_id, names in (id2label or {}).items():
+            # A name of its own, beside its synonyms: the full string tells "crane" the machine from the bird's class.
+            for name in dict.fromkeys([names, *(part.strip() for part in names.split(","))]):
+                ids_by_name[name].append(int(class_id))
+        self.ids_by_name = dict(ids_by_name)
+
+    @property
+    def unambiguous(self) -> dict[str, int]:
+        """Every single name that means one class, sorted, with its id."""
+        return {
+            name: ids[0]
+            for name, ids in sorted(self.ids_by_name.items())
+            if len(ids) == 1 and "," not in name
+        }
+
+    def id_of(self, name: str) -> int:
+        """The class id of a name.
+
+        Raises:
+            ValueError: no class has that name, or several have.
+        """
+        ids = self.ids_by_name.get(name, [])
+        if len(ids) == 1:
+            return ids[0]
+        if ids:
+            raise ValueError(f"class name {name!r} is ambiguous: ids {ids} share it; pass the id")
+        if not self.ids_by_name:
+            raise ValueError(f"class name {name!r} is unknown: this pipeline has no id2label; pass class ids")
+        lowered = {known.lower(): known for known in self.unambiguous}
+        close = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3)]
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "pipe.labels lists the names"
+        raise ValueError(f"class name {name!r} is unknown; {hint}")
+
+
+def parse_class_labels(class_labels: ClassLabels, names: ClassNames, num_classes: int) -> list[int]:
+    """Labels of any accepted form to a list of class ids in 0..num_classes-1.
+
+    Raises:
+        TypeError: a label is neither an int nor a str.
+        ValueError: no labels, an unknown or ambiguous name, or an id outside the class set.
+    """
+    if isinstance(class_labels, torch.Tensor):
+        if class_labels.is_floating_point() or class_labels.is_complex() or class_labels.dtype == torch.bool:
+            raise TypeError(f"class_labels is a tensor of {class_labels.dtype}; expected integers")
+        if class_labels.ndim > 1:
+            raise ValueError(
+                f"class_labels has shape {tuple(class_labels.shape)}; expected one label a sample, (B,)"
+            )
+        class_labels = class_labels.reshape(-1).tolist()
+    elif not isinstance(class_labels, (list, tuple)):
+        class_labels = [class_labels]
+    if len(class_labels) == 0:
+        raise ValueError("class_labels is empty; pass at least one class id or name")
+
+    ids = []
+    for label in class_labels:
+        # bool is an int to Python, numpy integers are not
+        if isinstance(label, bool) or not (isinstance(label, str) or hasattr(label, "__index__")):
+            raise TypeError(f"class label {label!r} is a {type(label).__name__}; expected a class id or name")
+        class_id = names.id_of(label) if isinstance(label, str) else int(label)
+        if not 0 <= class_id < num_classes:
+            raise ValueError(
+                f"class label {label} is outside 0..{num_classes - 1}; {num_classes} is the null class"
+            )
+        ids.append(class_id)
+    return ids

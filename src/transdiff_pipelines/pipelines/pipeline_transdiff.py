@@ -1,0 +1,358 @@
+"""From class labels to images: 1-step AR and Multi-Reference Autoregression (MRAR) in one loop.
+
+Shapes: B images asked for, N images in an AR sequence (1 for 1-step AR), C latent channels, s latent side,
+M condition tokens, D condition width.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from ..models import ARConditionEncoder, TransDiffTransformer2DModel
+from .checks import check_call, check_components, check_scheduler, guidance_per_image
+from .class_labels import ClassLabels, ClassNames, parse_class_labels
+
+
+@dataclass
+class TransDiffPipelineOutput(ImagePipelineOutput):
+    """Generated images.
+
+    Attributes:
+        images: the B results, in the `output_type` asked for.
+        intermediates: with `return_intermediates`, the images of every AR step, N times B of them; the last are
+            the results.
+    """
+
+    images: list[Image.Image] | np.ndarray | torch.Tensor
+    intermediates: list[list[Image.Image] | np.ndarray | torch.Tensor] | None = None
+
+
+class TransDiffPipeline(DiffusionPipeline):
+    """Class-conditional image generation with TransDiff (arXiv 2506.09482).
+
+    Args:
+        condition_encoder: class labels, and with MRAR the images made so far, to condition tokens.
+        transformer: noisy latents, timestep and condition tokens to velocity.
+        vae: latents, divided by its scaling factor, to pixels.
+        scheduler: velocity to the next sample; any diffusers scheduler that integrates a flow serves.
+        id2label: class id to name, or to comma-separated synonyms.
+        guidance_scale: the checkpoint's recommended classifier-free guidance, one number or one for each image of
+            the AR sequence; None is 1, no guidance.
+
+    Raises:
+        ValueError: the components do not belong together, or the scheduler does not predict flow.
+    """
+
+    model_cpu_offload_seq = "condition_encoder->transformer->vae"
+    _callback_tensor_inputs = ["latents", "condition"]
+
+    def __init__(
+        self,
+        condition_encoder: ARConditionEncoder,
+        transformer: TransDiffTransformer2DModel,
+        vae: AutoencoderKL,
+        scheduler: SchedulerMixin,
+        id2label: dict | None = None,
+        guidance_scale: float | list | None = None,
+    ):
+        super().__init__()
+        check_components(condition_encoder, transformer, vae)
+        check_scheduler(scheduler)
+        self.register_modules(
+            condition_encoder=condition_encoder, transformer=transformer, vae=vae, scheduler=scheduler
+        )
+        if id2label is not None:
+            id2label = {int(class_id): name for class_id, name in id2label.items()}
+        if guidance_scale is not None and condition_encoder is not None:
+            guidance_per_image(guidance_scale, condition_encoder.num_images)
+        self.register_to_config(id2label=id2label, guidance_scale=guidance_scale)
+
+        self._class_names = ClassNames(id2label)
+        self.labels = self._class_names.unambiguous
+        block_out_channels = vae.config.block_out_channels if vae is not None else (1,) * 5
+        self.vae_scale_factor = 2 ** (len(block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the image being made."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the image being made needs the unconditional branch."""
+        return self._guidance_scale != 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        """Denoising steps of one image of the sequence."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """Timestep of the step being taken; None outside the loop."""
+        return self._current_timestep
+
+    @property
+    def current_ar_step(self) -> int | None:
+        """Which image of the AR sequence is being made, 0..N-1; None outside the loop."""
+        return self._current_ar_step
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to end the call with what is there."""
+        return self._interrupt
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Class ids of one name or a list of names.
+
+        Raises:
+            ValueError: a name is unknown (the nearest matches are named) or means several classes.
+        """
+        return [self._class_names.id_of(name) for name in ([label] if isinstance(label, str) else label)]
+
+    def encode_condition(
+        self, class_labels: torch.Tensor, reference_latents: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Condition tokens `(B, M, D)` of class ids `(B,)` and scaled latents `(B, n, C, s, s)` of earlier images.
+
+        The id `num_classes` is the null class, the unconditional branch of guidance.
+        """
+        condition = self.condition_encoder(class_labels, reference_latents, return_dict=False)[0]
+        return condition.to(self.transformer.dtype)
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Initial noise `(B, C, s, s)` in float32, drawn or taken from `latents` (of unit variance)."""
+        shape = self._latents_shape(batch_size)
+        device = self._execution_device
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def _latents_shape(self, batch_size: int) -> tuple[int, ...]:
+        config = self.transformer.config
+        return (batch_size, config.in_channels, config.sample_size, config.sample_size)
+
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        condition: torch.Tensor,
+        num_inference_steps: int,
+        sigmas: Sequence[float] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        on_step_end: Callable[[int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+        | None = None,
+    ) -> torch.Tensor:
+        """Noise `(B, C, s, s)` to clean latents: one run of the scheduler.
+
+        Args:
+            condition: `(B, M, D)`; with guidance `(2 B, M, D)`, unconditional first.
+            on_step_end: called after each step with its index, its timestep and the tensors of the loop; may
+                return replacements for these.
+        """
+        timesteps = self._set_timesteps(num_inference_steps, sigmas)
+        step_kwargs: dict[str, Any] = {}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            step_kwargs["generator"] = generator
+
+        with self.progress_bar(total=num_inference_steps) as progress:
+            if self.condition_encoder.num_images > 1:
+                progress.leave = False
+                progress.set_description(
+                    f"image {self.current_ar_step + 1}/{self.condition_encoder.num_images}"
+                )
+            warmup_steps = max(len(timesteps) - num_inference_steps * self.scheduler.order, 0)
+            for i, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    break
+                self._current_timestep = timestep
+                velocity = self._predict_velocity(latents, timestep, condition)
+                latents = self.scheduler.step(velocity, timestep, latents, **step_kwargs, return_dict=False)[
+                    0
+                ]
+                if on_step_end is not None:
+                    replaced = on_step_end(i, timestep, {"latents": latents, "condition": condition})
+                    latents = replaced.get("latents", latents)
+                    condition = replaced.get("condition", condition)
+                if i == len(timesteps) - 1 or (i + 1 > warmup_steps and (i + 1) % self.scheduler.order == 0):
+                    progress.update()
+        return latents
+
+    def _predict_velocity(
+        self, latents: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor
+    ) -> torch.Tensor:
+        """Guided velocity `(B, C, s, s)`, in the dtype of the latents."""
+        model_input = latents
+        if hasattr(self.scheduler, "scale_model_input"):
+            model_input = self.scheduler.scale_model_input(model_input, timestep)
+        if self.do_classifier_free_guidance:
+            model_input = torch.cat([model_input, model_input])
+        velocity = self.transformer(
+            hidden_states=model_input.to(self.transformer.dtype),
+            timestep=timestep,
+            encoder_hidden_states=condition,
+            return_dict=False,
+        )[0].to(latents.dtype)
+        if self.do_classifier_free_guidance:
+            unconditional, conditional = velocity.chunk(2)
+            velocity = unconditional + self.guidance_scale * (conditional - unconditional)
+        return velocity
+
+    def _set_timesteps(self, num_inference_steps: int, sigmas: Sequence[float] | None) -> torch.Tensor:
+        """Start the scheduler afresh: history and step index of the image before must not leak into this one."""
+        device = self._execution_device
+        if sigmas is None:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        else:
+            self.scheduler.set_timesteps(sigmas=np.asarray(sigmas, dtype=np.float32), device=device)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)
+        self._num_timesteps = len(self.scheduler.timesteps)
+        return self.scheduler.timesteps
+
+    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
+        """Scaled latents `(B, C, s, s)` to images of the `output_type`; "latent" gives them back as they are."""
+        if output_type == "latent":
+            return latents
+        latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return self.image_processor.postprocess(images, output_type=output_type)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: ClassLabels,
+        guidance_scale: float | list[float] | None = None,
+        num_inference_steps: int = 100,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        num_images_per_label: int = 1,
+        return_intermediates: bool = False,
+        sigmas: Sequence[float] | None = None,
+    ) -> TransDiffPipelineOutput | tuple:
+        """Generate images of the classes asked for.
+
+        Args:
+            class_labels: a class id or name, a list of either, or a LongTensor `(B,)`.
+            guidance_scale: classifier-free guidance, v_u + g (v_c - v_u); one number, or one for each image of the
+                AR sequence; 1 is no guidance; None takes the checkpoint's recommendation.
+            num_inference_steps: denoising steps for each image of the AR sequence.
+            generator: one torch generator, or one for each image.
+            latents: initial noise `(B, C, s, s)` instead of a drawn one.
+            output_type: "pil", "np" (NHWC in [0, 1]), "pt" (NCHW in [0, 1]) or "latent" (scaled, float32).
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after every step, with
+                step in 0..N * num_inference_steps - 1; a returned dict replaces tensors.
+            callback_on_step_end_tensor_inputs: which of "latents" and "condition" the callback gets.
+            num_images_per_label: images of each label, next to one another in the result.
+            return_intermediates: also return all N images of the MRAR sequence.
+            sigmas: a time grid of your own, decreasing in (0, 1], where the scheduler takes one.
+
+        Returns:
+            `TransDiffPipelineOutput`, or a tuple of its entries without `return_dict`.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong; the message names it and the remedy.
+        """
+        num_images = self.condition_encoder.num_images
+        guidance_scales = self._resolve_guidance(guidance_scale, num_images)
+        label_ids = parse_class_labels(
+            class_labels, self._class_names, self.condition_encoder.config.num_classes
+        )
+        if sigmas is not None:
+            num_inference_steps = self._check_sigmas(sigmas)
+        batch_size = len(label_ids) * num_images_per_label if isinstance(num_images_per_label, int) else 0
+        check_call(
+            num_inference_steps,
+            num_images_per_label,
+            latents,
+            self._latents_shape(batch_size),
+            output_type,
+            callback_on_step_end_tensor_inputs,
+            self._callback_tensor_inputs,
+        )
+        check_scheduler(self.scheduler)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"{len(generator)} generators were given for {batch_size} images; pass one, or one each"
+            )
+
+        labels = torch.tensor(label_ids, device=self._execution_device)
+        labels = labels.repeat_interleave(num_images_per_label)
+        # One initial noise for all images of the sequence: only the condition and the steps' noise differ.
+        noise = self.prepare_latents(batch_size, generator, latents)
+
+        def on_step_end(
+            i: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
+        ) -> dict[str, torch.Tensor]:
+            asked_for = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+            step = self.current_ar_step * self.num_timesteps + i
+            return callback_on_step_end(self, step, timestep, asked_for) or {}
+
+        sequence: list[torch.Tensor] = []
+        self._interrupt = False
+        for ar_step, self._guidance_scale in enumerate(guidance_scales):
+            self._current_ar_step = ar_step
+            condition = self._encode_sequence(labels, sequence)
+            sequence.append(
+                self.denoise(
+                    noise,
+                    condition,
+                    num_inference_steps,
+                    sigmas,
+                    generator,
+                    on_step_end if callback_on_step_end is not None else None,
+                )
+            )
+            if self.interrupt:
+                break
+        self._current_ar_step = self._current_timestep = None
+
+        images = self.decode_latents(sequence[-1], output_type)
+        intermediates = None
+        if return_intermediates:
+            intermediates = [self.decode_latents(image, output_type) for image in sequence[:-1]] + [images]
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images,) if intermediates is None else (images, intermediates)
+        return TransDiffPipelineOutput(images=images, intermediates=intermediates)
+
+    def _encode_sequence(self, labels: torch.Tensor, sequence: list[torch.Tensor]) -> torch.Tensor:
+        """Condition of the next image, from the labels and the images made so far; with guidance for both branches.
+
+        The unconditional branch differs in the class alone: it sees the same images.
+        """
+        references = torch.stack(sequence, dim=1) if sequence else None
+        if self.do_classifier_free_guidance:
+            labels = torch.cat([torch.full_like(labels, self.condition_encoder.null_class), labels])
+            references = None if references is None else torch.cat([references, references])
+        return self.encode_condition(labels, references)
+
+    def _resolve_guidance(self, guidance_scale: float | list[float] | None, num_images: int) -> list[float]:
+        if guidance_scale is None:
+            guidance_scale = self.config.guidance_scale
+        return guidance_per_image(1.0 if guidance_scale is None else guidance_scale, num_images)
+
+    def _check_sigmas(self, sigmas: Sequence[float]) -> int:
+        if "sigmas" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} takes no custom sigmas; pass num_inference_steps"
+            )
+        return len(sigmas)

@@ -1,0 +1,4 @@
+from .scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
+
+
+__all__ = ["FlowMatchEulerMaruyamaScheduler"]
