@@ -42,9 +42,7 @@ class ARTransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.ff = feed_forward(dim, mlp_ratio, dropout)
 
-    def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states), attention_mask=attention_mask)
         return hidden_states + self.ff(self.norm2(hidden_states))
 
@@ -161,9 +159,7 @@ class ARConditionEncoder(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
             ValueError: `reference_latents` has another shape, or too many images.
         """
         if class_labels.ndim != 1:
-            raise ValueError(
-                f"class_labels has shape {tuple(class_labels.shape)}; expected one label a sample, (B,)"
-            )
+            raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}; expected one label a sample, (B,)")
         batch_size, num_class_tokens = class_labels.shape[0], self.config.num_class_tokens
 
         class_token = self.class_embedding(class_labels).unsqueeze(1)

@@ -28,8 +28,7 @@ class TransDiffAttnProcessor:
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         query, key, value = (
-            states.unflatten(-1, (-1, attn.head_dim))
-            for states in attn.project(hidden_states, encoder_hidden_states)
+            states.unflatten(-1, (-1, attn.head_dim)) for states in attn.project(hidden_states, encoder_hidden_states)
         )
         hidden_states = dispatch_attention_fn(
             query,
@@ -110,9 +109,7 @@ class TransDiffAttention(nn.Module, AttentionModuleMixin):
 
 def feed_forward(dim: int, mlp_ratio: float, dropout: float) -> FeedForward:
     """The MLP of both models: Linear, exact GELU, dropout, Linear, dropout."""
-    return FeedForward(
-        dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu", dropout=dropout, final_dropout=True
-    )
+    return FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu", dropout=dropout, final_dropout=True)
 
 
 def initialize_linear_and_norm_weights(model: nn.Module) -> None:

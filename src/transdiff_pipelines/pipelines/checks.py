@@ -34,12 +34,13 @@ def check_components(
                 f"MRAR feeds the transformer's images back, but its sample_size is {transformer.config.sample_size} "
                 f"and the condition encoder's {encoder.config.sample_size}; they must be equal"
             )
-    if transformer is not None and vae is not None:
-        if transformer.config.in_channels != vae.config.latent_channels:
-            raise ValueError(
-                f"the transformer makes {transformer.config.in_channels} latent channels, the VAE decodes "
-                f"{vae.config.latent_channels}; use the VAE the model was trained with"
-            )
+    if transformer is None or vae is None:
+        return
+    if transformer.config.in_channels != vae.config.latent_channels:
+        raise ValueError(
+            f"the transformer makes {transformer.config.in_channels} latent channels, the VAE decodes "
+            f"{vae.config.latent_channels}; use the VAE the model was trained with"
+        )
 
 
 def check_scheduler(scheduler: SchedulerMixin | None) -> None:
@@ -67,9 +68,7 @@ def guidance_per_image(guidance_scale: float | Sequence[float], num_images: int)
         TypeError: not a number, or not a list of numbers.
         ValueError: a list of another length; a negative or non-finite scale.
     """
-    scales = (
-        list(guidance_scale) if isinstance(guidance_scale, (list, tuple)) else [guidance_scale] * num_images
-    )
+    scales = list(guidance_scale) if isinstance(guidance_scale, (list, tuple)) else [guidance_scale] * num_images
     if len(scales) != num_images:
         raise ValueError(
             f"guidance_scale lists {len(scales)} values, but the model makes {num_images} image(s) a sequence; "
@@ -79,9 +78,7 @@ def guidance_per_image(guidance_scale: float | Sequence[float], num_images: int)
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(f"guidance_scale {scale!r} is a {type(scale).__name__}; expected a number")
         if not math.isfinite(scale) or scale < 0:
-            raise ValueError(
-                f"guidance_scale {scale} is not a finite number of at least 0; 1 means no guidance"
-            )
+            raise ValueError(f"guidance_scale {scale} is not a finite number of at least 0; 1 means no guidance")
     return [float(scale) for scale in scales]
 
 
@@ -104,9 +101,7 @@ def check_call(
         if count < 1:
             raise ValueError(f"{name} is {count}; at least 1 is needed")
     if latents is not None and tuple(latents.shape) != latents_shape:
-        raise ValueError(
-            f"latents have shape {tuple(latents.shape)}; expected {latents_shape}: one for each image"
-        )
+        raise ValueError(f"latents have shape {tuple(latents.shape)}; expected {latents_shape}: one for each image")
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f"output_type {output_type!r} is unknown; choose 'pil', 'np', 'pt' or 'latent'")
     unknown = [name for name in callback_tensor_inputs if name not in known_tensor_inputs]

@@ -28,11 +28,7 @@ class ClassNames:
     @property
     def unambiguous(self) -> dict[str, int]:
         """Every single name that means one class, sorted, with its id."""
-        return {
-            name: ids[0]
-            for name, ids in sorted(self.ids_by_name.items())
-            if len(ids) == 1 and "," not in name
-        }
+        return {name: ids[0] for name, ids in sorted(self.ids_by_name.items()) if len(ids) == 1 and "," not in name}
 
     def id_of(self, name: str) -> int:
         """The class id of a name.
@@ -64,9 +60,7 @@ def parse_class_labels(class_labels: ClassLabels, names: ClassNames, num_classes
         if class_labels.is_floating_point() or class_labels.is_complex() or class_labels.dtype == torch.bool:
             raise TypeError(f"class_labels is a tensor of {class_labels.dtype}; expected integers")
         if class_labels.ndim > 1:
-            raise ValueError(
-                f"class_labels has shape {tuple(class_labels.shape)}; expected one label a sample, (B,)"
-            )
+            raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}; expected one label a sample, (B,)")
         class_labels = class_labels.reshape(-1).tolist()
     elif not isinstance(class_labels, (list, tuple)):
         class_labels = [class_labels]
@@ -80,8 +74,6 @@ def parse_class_labels(class_labels: ClassLabels, names: ClassNames, num_classes
             raise TypeError(f"class label {label!r} is a {type(label).__name__}; expected a class id or name")
         class_id = names.id_of(label) if isinstance(label, str) else int(label)
         if not 0 <= class_id < num_classes:
-            raise ValueError(
-                f"class label {label} is outside 0..{num_classes - 1}; {num_classes} is the null class"
-            )
+            raise ValueError(f"class label {label} is outside 0..{num_classes - 1}; {num_classes} is the null class")
         ids.append(class_id)
     return ids

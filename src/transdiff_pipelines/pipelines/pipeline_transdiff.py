@@ -18,7 +18,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from ..models import ARConditionEncoder, TransDiffTransformer2DModel
-from .checks import check_call, check_components, check_scheduler, guidance_per_image
+from .checks import (
+    check_components,
+    check_scheduler,
+    guidance_per_image,
+)
 from .class_labels import ClassLabels, ClassNames, parse_class_labels
 
 
@@ -81,6 +85,12 @@ class TransDiffPipeline(DiffusionPipeline):
         block_out_channels = vae.config.block_out_channels if vae is not None else (1,) * 5
         self.vae_scale_factor = 2 ** (len(block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+        self._current_timestep: torch.Tensor | None = None
+        self._current_ar_step: int | None = None
+        self._interrupt = False
 
     @property
     def guidance_scale(self) -> float:
@@ -154,8 +164,7 @@ class TransDiffPipeline(DiffusionPipeline):
         num_inference_steps: int,
         sigmas: Sequence[float] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        on_step_end: Callable[[int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-        | None = None,
+        on_step_end: Callable[[int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
     ) -> torch.Tensor:
         """Noise `(B, C, s, s)` to clean latents: one run of the scheduler.
 
@@ -172,18 +181,14 @@ class TransDiffPipeline(DiffusionPipeline):
         with self.progress_bar(total=num_inference_steps) as progress:
             if self.condition_encoder.num_images > 1:
                 progress.leave = False
-                progress.set_description(
-                    f"image {self.current_ar_step + 1}/{self.condition_encoder.num_images}"
-                )
+                progress.set_description(f"image {self.current_ar_step + 1}/{self.condition_encoder.num_images}")
             warmup_steps = max(len(timesteps) - num_inference_steps * self.scheduler.order, 0)
             for i, timestep in enumerate(timesteps):
                 if self.interrupt:
                     break
                 self._current_timestep = timestep
                 velocity = self._predict_velocity(latents, timestep, condition)
-                latents = self.scheduler.step(velocity, timestep, latents, **step_kwargs, return_dict=False)[
-                    0
-                ]
+                latents = self.scheduler.step(velocity, timestep, latents, **step_kwargs, return_dict=False)[0]
                 if on_step_end is not None:
                     replaced = on_step_end(i, timestep, {"latents": latents, "condition": condition})
                     latents = replaced.get("latents", latents)
@@ -273,9 +278,7 @@ class TransDiffPipeline(DiffusionPipeline):
         """
         num_images = self.condition_encoder.num_images
         guidance_scales = self._resolve_guidance(guidance_scale, num_images)
-        label_ids = parse_class_labels(
-            class_labels, self._class_names, self.condition_encoder.config.num_classes
-        )
+        label_ids = parse_class_labels(class_labels, self._class_names, self.condition_encoder.config.num_classes)
         if sigmas is not None:
             num_inference_steps = self._check_sigmas(sigmas)
         batch_size = len(label_ids) * num_images_per_label if isinstance(num_images_per_label, int) else 0
@@ -290,39 +293,29 @@ class TransDiffPipeline(DiffusionPipeline):
         )
         check_scheduler(self.scheduler)
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"{len(generator)} generators were given for {batch_size} images; pass one, or one each"
-            )
+            raise ValueError(f"{len(generator)} generators were given for {batch_size} images; pass one, or one each")
 
         labels = torch.tensor(label_ids, device=self._execution_device)
         labels = labels.repeat_interleave(num_images_per_label)
         # One initial noise for all images of the sequence: only the condition and the steps' noise differ.
         noise = self.prepare_latents(batch_size, generator, latents)
 
-        def on_step_end(
-            i: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]
-        ) -> dict[str, torch.Tensor]:
+        def on_step_end(i: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             asked_for = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
             step = self.current_ar_step * self.num_timesteps + i
             return callback_on_step_end(self, step, timestep, asked_for) or {}
 
         sequence: list[torch.Tensor] = []
         self._interrupt = False
-        for ar_step, self._guidance_scale in enumerate(guidance_scales):
-            self._current_ar_step = ar_step
-            condition = self._encode_sequence(labels, sequence)
-            sequence.append(
-                self.denoise(
-                    noise,
-                    condition,
-                    num_inference_steps,
-                    sigmas,
-                    generator,
-                    on_step_end if callback_on_step_end is not None else None,
-                )
-            )
-            if self.interrupt:
-                break
+        with self._sequence_progress() as progress:
+            for ar_step, scale in enumerate(guidance_scales):
+                self._current_ar_step, self._guidance_scale = ar_step, scale
+                condition = self._encode_sequence(labels, sequence)
+                callback = None if callback_on_step_end is None else on_step_end
+                sequence.append(self.denoise(noise, condition, num_inference_steps, sigmas, generator, callback))
+                progress.update()
+                if self.interrupt:
+                    break
         self._current_ar_step = self._current_timestep = None
 
         images = self.decode_latents(sequence[-1], output_type)
@@ -352,7 +345,5 @@ class TransDiffPipeline(DiffusionPipeline):
 
     def _check_sigmas(self, sigmas: Sequence[float]) -> int:
         if "sigmas" not in inspect.signature(self.scheduler.set_timesteps).parameters:
-            raise ValueError(
-                f"{type(self.scheduler).__name__} takes no custom sigmas; pass num_inference_steps"
-            )
+            raise ValueError(f"{type(self.scheduler).__name__} takes no custom sigmas; pass num_inference_steps")
         return len(sigmas)

@@ -55,9 +55,7 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         use_flow_sigmas: bool = True,
     ):
         if not 0 < sigma_last <= 1:
-            raise ValueError(
-                f"sigma_last is {sigma_last}; it must lie in (0, 1], 0.04 in the published models"
-            )
+            raise ValueError(f"sigma_last is {sigma_last}; it must lie in (0, 1], 0.04 in the published models")
         if not shift > 0:
             raise ValueError(f"shift is {shift}; it must be positive, and is 1 in the published models")
         for name, scale in (("drift_scale", drift_scale), ("diffusion_scale", diffusion_scale)):
@@ -125,16 +123,8 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
             grid = shift * grid / (1 + (shift - 1) * grid) if shift != 1 else grid
         else:
             grid = torch.as_tensor(sigmas, dtype=torch.float32)
-            if (
-                grid.ndim != 1
-                or len(grid) == 0
-                or grid[0] > 1
-                or grid[-1] <= 0
-                or bool((grid.diff() >= 0).any())
-            ):
-                raise ValueError(
-                    f"sigmas are {sigmas}; expected strictly decreasing values in (0, 1], without the 0"
-                )
+            if grid.ndim != 1 or len(grid) == 0 or grid[0] > 1 or grid[-1] <= 0 or bool((grid.diff() >= 0).any()):
+                raise ValueError(f"sigmas are {sigmas}; expected strictly decreasing values in (0, 1], without the 0")
             if num_inference_steps is not None and num_inference_steps != len(grid):
                 raise ValueError(
                     f"num_inference_steps is {num_inference_steps} but {len(grid)} sigmas were given; pass one of them"
@@ -142,9 +132,7 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(grid)
         self._set_grid(grid, device)
 
-    def scale_model_input(
-        self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """The model takes the sample as it is."""
         return sample
 
@@ -187,9 +175,7 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
             ValueError: the timestep is not on the grid, or the run has already reached σ = 0.
         """
         if self._step_index is None:
-            self._step_index = (
-                self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-            )
+            self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
         if self._step_index >= len(self.timesteps):
             raise ValueError("the run has reached sigma 0; call set_timesteps before another one")
         sigma, sigma_next = self.sigmas[self._step_index], self.sigmas[self._step_index + 1]
@@ -219,9 +205,7 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
             return (prev_sample,)
         return SchedulerOutput(prev_sample=prev_sample)
 
-    def scale_noise(
-        self, sample: torch.Tensor, timestep: float | torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
+    def scale_noise(self, sample: torch.Tensor, timestep: float | torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Noise clean samples to `timestep`, (1 - σ) x₀ + σ ε (Eq. 4); one timestep, or one for each sample `(B,)`."""
         timestep = torch.as_tensor(timestep, device=sample.device, dtype=torch.float32)
         sigma = (timestep / self.config.num_train_timesteps).reshape(-1, *[1] * (sample.ndim - 1))
