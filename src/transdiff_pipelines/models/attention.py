@@ -4,6 +4,7 @@ Shapes: B batch, S query tokens, T key tokens, D width, H heads, E = D / H head 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
@@ -80,7 +81,7 @@ class TransDiffAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(source_dim, self.inner_dim)
         self.to_v = nn.Linear(source_dim, self.inner_dim)
         self.to_out = nn.ModuleList([nn.Linear(self.inner_dim, dim), nn.Dropout(dropout)])
-        self.set_processor(TransDiffAttnProcessor())
+        self.processor: Callable[..., torch.Tensor] = TransDiffAttnProcessor()
 
     def project(
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -68,7 +69,9 @@ def guidance_per_image(guidance_scale: float | Sequence[float], num_images: int)
         TypeError: not a number, or not a list of numbers.
         ValueError: a list of another length; a negative or non-finite scale.
     """
-    scales = list(guidance_scale) if isinstance(guidance_scale, (list, tuple)) else [guidance_scale] * num_images
+    scales: list[Any] = (
+        list(guidance_scale) if isinstance(guidance_scale, (list, tuple)) else [guidance_scale] * num_images
+    )
     if len(scales) != num_images:
         raise ValueError(
             f"guidance_scale lists {len(scales)} values, but the model makes {num_images} image(s) a sequence; "

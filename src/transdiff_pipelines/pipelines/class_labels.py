@@ -2,12 +2,12 @@
 
 import difflib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 
-ClassLabels = int | str | list[int | str] | tuple[int | str, ...] | torch.Tensor
+ClassLabels = int | str | Sequence[int | str] | torch.Tensor
 
 
 class ClassNames:

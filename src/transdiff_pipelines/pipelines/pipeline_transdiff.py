@@ -7,6 +7,7 @@ M condition tokens, D condition width.
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,15 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from tqdm.auto import tqdm
 
 from ..models import ARConditionEncoder, TransDiffTransformer2DModel
 from .checks import (
     check_components,
+    check_count,
+    check_generator,
+    check_latents,
+    check_output,
     check_scheduler,
     guidance_per_image,
 )
@@ -86,6 +92,7 @@ class TransDiffPipeline(DiffusionPipeline):
         self.vae_scale_factor = 2 ** (len(block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
+        # What callbacks may ask for while a call is running.
         self._guidance_scale = 1.0
         self._num_timesteps = 0
         self._current_timestep: torch.Tensor | None = None
@@ -179,9 +186,8 @@ class TransDiffPipeline(DiffusionPipeline):
             step_kwargs["generator"] = generator
 
         with self.progress_bar(total=num_inference_steps) as progress:
-            if self.condition_encoder.num_images > 1:
-                progress.leave = False
-                progress.set_description(f"image {self.current_ar_step + 1}/{self.condition_encoder.num_images}")
+            # The bar of the sequence stays on the screen, those of its images come and go.
+            progress.leave = self.condition_encoder.num_images == 1
             warmup_steps = max(len(timesteps) - num_inference_steps * self.scheduler.order, 0)
             for i, timestep in enumerate(timesteps):
                 if self.interrupt:
@@ -247,12 +253,12 @@ class TransDiffPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_images_per_label: int = 1,
         return_intermediates: bool = False,
         sigmas: Sequence[float] | None = None,
-    ) -> TransDiffPipelineOutput | tuple:
+    ) -> Any:
         """Generate images of the classes asked for.
 
         Args:
@@ -276,34 +282,23 @@ class TransDiffPipeline(DiffusionPipeline):
         Raises:
             ValueError, TypeError: an argument is wrong; the message names it and the remedy.
         """
-        num_images = self.condition_encoder.num_images
-        guidance_scales = self._resolve_guidance(guidance_scale, num_images)
-        label_ids = parse_class_labels(class_labels, self._class_names, self.condition_encoder.config.num_classes)
-        if sigmas is not None:
-            num_inference_steps = self._check_sigmas(sigmas)
-        batch_size = len(label_ids) * num_images_per_label if isinstance(num_images_per_label, int) else 0
-        check_call(
-            num_inference_steps,
-            num_images_per_label,
-            latents,
-            self._latents_shape(batch_size),
-            output_type,
-            callback_on_step_end_tensor_inputs,
-            self._callback_tensor_inputs,
-        )
         check_scheduler(self.scheduler)
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"{len(generator)} generators were given for {batch_size} images; pass one, or one each")
+        check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        check_count("num_images_per_label", num_images_per_label)
+        num_inference_steps = self._check_steps(num_inference_steps, sigmas)
+        guidance_scales = self._resolve_guidance(guidance_scale)
+        label_ids = parse_class_labels(class_labels, self._class_names, self.condition_encoder.config.num_classes)
+        batch_size = len(label_ids) * num_images_per_label
+        check_latents(latents, self._latents_shape(batch_size))
+        check_generator(generator, batch_size)
 
-        labels = torch.tensor(label_ids, device=self._execution_device)
-        labels = labels.repeat_interleave(num_images_per_label)
+        labels = torch.tensor(label_ids, device=self._execution_device).repeat_interleave(num_images_per_label)
         # One initial noise for all images of the sequence: only the condition and the steps' noise differ.
         noise = self.prepare_latents(batch_size, generator, latents)
 
-        def on_step_end(i: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            asked_for = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-            step = self.current_ar_step * self.num_timesteps + i
-            return callback_on_step_end(self, step, timestep, asked_for) or {}
+        callback = None
+        if callback_on_step_end is not None:
+            callback = partial(self._run_callback, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         sequence: list[torch.Tensor] = []
         self._interrupt = False
@@ -311,7 +306,6 @@ class TransDiffPipeline(DiffusionPipeline):
             for ar_step, scale in enumerate(guidance_scales):
                 self._current_ar_step, self._guidance_scale = ar_step, scale
                 condition = self._encode_sequence(labels, sequence)
-                callback = None if callback_on_step_end is None else on_step_end
                 sequence.append(self.denoise(noise, condition, num_inference_steps, sigmas, generator, callback))
                 progress.update()
                 if self.interrupt:
@@ -338,12 +332,37 @@ class TransDiffPipeline(DiffusionPipeline):
             references = None if references is None else torch.cat([references, references])
         return self.encode_condition(labels, references)
 
-    def _resolve_guidance(self, guidance_scale: float | list[float] | None, num_images: int) -> list[float]:
+    def _run_callback(
+        self,
+        callback: Callable[..., dict[str, Any] | None],
+        tensor_inputs: Sequence[str],
+        step: int,
+        timestep: torch.Tensor,
+        tensors: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """Call a user's `callback_on_step_end`, with steps counted over the whole sequence."""
+        step += (self.current_ar_step or 0) * self.num_timesteps
+        return callback(self, step, timestep, {name: tensors[name] for name in tensor_inputs}) or {}
+
+    def _sequence_progress(self) -> Any:
+        """Progress over the images of an AR sequence; a single image needs no bar beside that of its steps."""
+        num_images = self.condition_encoder.num_images
+        if num_images == 1:
+            return tqdm(disable=True)
+        progress = self.progress_bar(total=num_images)
+        progress.set_description("images of the sequence")
+        return progress
+
+    def _resolve_guidance(self, guidance_scale: float | list[float] | None) -> list[float]:
         if guidance_scale is None:
             guidance_scale = self.config.guidance_scale
-        return guidance_per_image(1.0 if guidance_scale is None else guidance_scale, num_images)
+        return guidance_per_image(1.0 if guidance_scale is None else guidance_scale, self.condition_encoder.num_images)
 
-    def _check_sigmas(self, sigmas: Sequence[float]) -> int:
+    def _check_steps(self, num_inference_steps: int, sigmas: Sequence[float] | None) -> int:
+        """The number of steps, which a time grid of the caller's own decides."""
+        if sigmas is None:
+            check_count("num_inference_steps", num_inference_steps)
+            return num_inference_steps
         if "sigmas" not in inspect.signature(self.scheduler.set_timesteps).parameters:
             raise ValueError(f"{type(self.scheduler).__name__} takes no custom sigmas; pass num_inference_steps")
         return len(sigmas)
