@@ -1,0 +1,18 @@
+from .original_checkpoint import convert_original_checkpoint
+from .original_repository import (
+    check_output_folder,
+    download_original,
+    explain_original_repository,
+    save_converted,
+)
+from .single_file import TransDiffSingleFileMixin
+
+
+__all__ = [
+    "TransDiffSingleFileMixin",
+    "check_output_folder",
+    "convert_original_checkpoint",
+    "download_original",
+    "explain_original_repository",
+    "save_converted",
+]
