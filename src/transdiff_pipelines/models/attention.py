@@ -77,6 +77,9 @@ class TransDiffAttention(nn.Module, AttentionModuleMixin):
         self.dropout = dropout
 
         source_dim = dim if cross_attention_dim is None else cross_attention_dim
+        # made by fuse_projections
+        self.to_qkv: nn.Linear
+        self.to_kv: nn.Linear
         self.to_q = nn.Linear(dim, self.inner_dim)
         self.to_k = nn.Linear(source_dim, self.inner_dim)
         self.to_v = nn.Linear(source_dim, self.inner_dim)
@@ -87,13 +90,12 @@ class TransDiffAttention(nn.Module, AttentionModuleMixin):
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
         """Queries `(B, S, D)`, keys and values `(B, T, D)`, from fused projections where they were fused."""
-        if not self.is_cross_attention:
-            if self.fused_projections:
-                return self.to_qkv(hidden_states).chunk(3, dim=-1)
-            return self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
-        if self.fused_projections:
-            return self.to_q(hidden_states), *self.to_kv(encoder_hidden_states).chunk(2, dim=-1)
-        return self.to_q(hidden_states), self.to_k(encoder_hidden_states), self.to_v(encoder_hidden_states)
+        source = encoder_hidden_states if self.is_cross_attention else hidden_states
+        if not self.fused_projections:
+            return self.to_q(hidden_states), self.to_k(source), self.to_v(source)
+        if self.is_cross_attention:
+            return self.to_q(hidden_states), *self.to_kv(source).chunk(2, dim=-1)
+        return self.to_qkv(hidden_states).chunk(3, dim=-1)
 
     def forward(
         self,

@@ -12,9 +12,7 @@ from ..models import ARConditionEncoder, TransDiffTransformer2DModel
 
 
 def check_components(
-    encoder: ARConditionEncoder | None,
-    transformer: TransDiffTransformer2DModel | None,
-    vae: AutoencoderKL | None,
+    encoder: ARConditionEncoder | None, transformer: TransDiffTransformer2DModel | None, vae: AutoencoderKL | None
 ) -> None:
     """Raise ValueError where the configs of the components that are present do not agree."""
     if encoder is not None and transformer is not None:
@@ -69,9 +67,8 @@ def guidance_per_image(guidance_scale: float | Sequence[float], num_images: int)
         TypeError: not a number, or not a list of numbers.
         ValueError: a list of another length; a negative or non-finite scale.
     """
-    scales: list[Any] = (
-        list(guidance_scale) if isinstance(guidance_scale, (list, tuple)) else [guidance_scale] * num_images
-    )
+    is_list = isinstance(guidance_scale, (list, tuple))
+    scales: list[Any] = list(guidance_scale) if is_list else [guidance_scale] * num_images  # type: ignore[arg-type]
     if len(scales) != num_images:
         raise ValueError(
             f"guidance_scale lists {len(scales)} values, but the model makes {num_images} image(s) a sequence; "
@@ -85,29 +82,31 @@ def guidance_per_image(guidance_scale: float | Sequence[float], num_images: int)
     return [float(scale) for scale in scales]
 
 
-def check_call(
-    num_inference_steps: int,
-    num_images_per_label: int,
-    latents: torch.Tensor | None,
-    latents_shape: tuple[int, ...],
-    output_type: str,
-    callback_tensor_inputs: Sequence[str],
-    known_tensor_inputs: Sequence[str],
-) -> None:
-    """Raise ValueError or TypeError for arguments of a pipeline call that cannot work."""
-    for name, count in (
-        ("num_inference_steps", num_inference_steps),
-        ("num_images_per_label", num_images_per_label),
-    ):
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise TypeError(f"{name} {count!r} is a {type(count).__name__}; expected an int")
-        if count < 1:
-            raise ValueError(f"{name} is {count}; at least 1 is needed")
-    if latents is not None and tuple(latents.shape) != latents_shape:
-        raise ValueError(f"latents have shape {tuple(latents.shape)}; expected {latents_shape}: one for each image")
+def check_count(name: str, count: int) -> None:
+    """Raise TypeError or ValueError unless `count` is an int of at least 1."""
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"{name} {count!r} is a {type(count).__name__}; expected an int")
+    if count < 1:
+        raise ValueError(f"{name} is {count}; at least 1 is needed")
+
+
+def check_latents(latents: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise ValueError for initial latents of another shape than `(B, C, s, s)`."""
+    if latents is not None and tuple(latents.shape) != shape:
+        raise ValueError(f"latents have shape {tuple(latents.shape)}; expected {shape}: one for each image")
+
+
+def check_generator(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
+    """Raise ValueError for a list of generators that does not have one for each image."""
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(f"{len(generator)} generators were given for {batch_size} images; pass one, or one for each")
+
+
+def check_output(output_type: str, tensor_inputs: Sequence[str], known_tensor_inputs: Sequence[str]) -> None:
+    """Raise ValueError for an unknown output type or callback tensor."""
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f"output_type {output_type!r} is unknown; choose 'pil', 'np', 'pt' or 'latent'")
-    unknown = [name for name in callback_tensor_inputs if name not in known_tensor_inputs]
+    unknown = [name for name in tensor_inputs if name not in known_tensor_inputs]
     if unknown:
         raise ValueError(
             f"callback_on_step_end_tensor_inputs has {unknown}; a callback can be given {list(known_tensor_inputs)}"

@@ -62,13 +62,12 @@ def parse_class_labels(class_labels: ClassLabels, names: ClassNames, num_classes
         if class_labels.ndim > 1:
             raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}; expected one label a sample, (B,)")
         class_labels = class_labels.reshape(-1).tolist()
-    elif not isinstance(class_labels, (list, tuple)):
-        class_labels = [class_labels]
-    if len(class_labels) == 0:
+    given = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels]
+    if not given:
         raise ValueError("class_labels is empty; pass at least one class id or name")
 
     ids = []
-    for label in class_labels:
+    for label in given:
         # bool is an int to Python, numpy integers are not
         if isinstance(label, bool) or not (isinstance(label, str) or hasattr(label, "__index__")):
             raise TypeError(f"class label {label!r} is a {type(label).__name__}; expected a class id or name")

@@ -69,6 +69,8 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
             dropped = [name for name in self.config._use_default_values if name not in _ALWAYS_HANDED_ON]
             self.register_to_config(_use_default_values=dropped)
 
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
         # Before set_timesteps, the training grid: whole timesteps from num_train_timesteps down to 1.
         self._set_grid(torch.linspace(1.0, 1.0 / num_train_timesteps, num_train_timesteps), device=None)
         self.num_inference_steps: int | None = None
@@ -96,8 +98,7 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         # sigmas stay on the CPU: as 0-dim CPU tensors they meet samples of any device without a synchronisation.
         self.sigmas = torch.cat([sigmas.cpu(), torch.zeros(1)])
         self.timesteps = (sigmas * self.config.num_train_timesteps).to(device)
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
+        self._step_index = self._begin_index = None
 
     def set_timesteps(
         self,
