@@ -4,9 +4,11 @@ The ranges follow what was tried (`constraints.txt` pins it). diffusers is held 
 the package registers itself in tables that diffusers does not promise to keep.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
 
 BASE = [
     "torch>=2.13,<3",
@@ -27,17 +29,21 @@ EXTRAS = {
         "matplotlib>=3.10",
         "PyYAML>=6",
         "scikit-learn>=1.8",  # the digits recipe: its images, and the classifier that judges the samples
+        "scipy>=1.17",
         "tensorboard>=2.20",
+        "tqdm>=4.67",
     ],
     "test": ["pytest>=9", "pytest-timeout>=2.4", "pytest-xdist>=3.8"],
     "dev": ["mypy>=2", "ruff>=0.17,<0.18", "types-PyYAML>=6"],
 }
 
-README = Path(__file__).parent / "README.md"
+HERE = Path(__file__).parent
+INIT = (HERE / "src" / "transdiff_pipelines" / "__init__.py").read_text(encoding="utf-8")
+README = HERE / "README.md"
 
 setup(
     name="transdiff_pipelines",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1],
     description="TransDiff, class-to-image generation by autoregression and diffusion, for diffusers",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
