@@ -20,6 +20,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+
 SPLITS = ("train", "validation", "test")
 DATA_MAXIMUM = 16  # load_digits counts inked pixels of a 4x4 block of a bitmap
 FACTOR = 4
@@ -53,17 +54,33 @@ def new_folder(output: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
-def enlarge(image: np.ndarray, iterations: int = 40) -> np.ndarray:
-    """Enlarge an `(8, 8)` image in 0..16 to a smooth `(32, 32)` uint8 image with (nearly) the same 4x4 block means.
+@contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that replaces it at the end: a file that exists is complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def enlarge(images: np.ndarray, iterations: int = 40) -> np.ndarray:
+    """Enlarge `(N, 8, 8)` images in 0..16 to smooth `(N, 32, 32)` uint8 images with nearly the same 4x4 block means.
 
     Iterative back-projection: the bicubic enlargement's block means miss the original by a little, so what is
     missing is added to the small image and enlarged again. Clipping to 0..255 is part of the loop.
     """
-    target = image.astype(np.float32) * (255 / DATA_MAXIMUM)
-    side = FACTOR * target.shape[0]
+    side = images.shape[-1]
+    # Bicubic resizing is linear and works on columns and rows alike: resizing the identity gives its matrix.
+    identity = Image.fromarray(np.eye(side, dtype=np.float32))
+    bicubic = np.asarray(identity.resize((side, FACTOR * side), Image.Resampling.BICUBIC), dtype=np.float64)
+    target = images * (255 / DATA_MAXIMUM)
     source = target.copy()
     for _ in range(iterations):
-        large = np.clip(Image.fromarray(source).resize((side, side), Image.Resampling.BICUBIC), 0, 255)
+        large = np.clip(bicubic @ source @ bicubic.T, 0, 255)
         source += target - block_means(large)
     return np.round(large).astype(np.uint8)
 
@@ -90,14 +107,15 @@ def export(output: str | os.PathLike) -> dict[str, int]:
     Raises:
         FileExistsError: `output` exists and is not an empty folder.
     """
-    digits = load_digits()
-    splits = split_indices(digits.target)
     with new_folder(output) as folder:
+        digits = load_digits()
+        splits = split_indices(digits.target)
+        images = enlarge(digits.images)
         for name, indices in splits.items():
             for index in indices:
                 path = folder / name / str(digits.target[index]) / f"{index:04d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(enlarge(digits.images[index])).save(path)
+                Image.fromarray(images[index]).save(path)
     return {name: len(indices) for name, indices in splits.items()}
 
 

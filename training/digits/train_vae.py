@@ -14,7 +14,6 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -58,7 +57,9 @@ def train(
 ) -> None:
     """Train `vae` in place on `images` `(N, 3, H, W)` in [-1, 1]; batches are drawn without replacement per epoch."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=min(100, steps // 10), num_training_steps=steps)
+    schedule = get_cosine_schedule_with_warmup(
+        optimizer, num_warmup_steps=min(100, steps // 10), num_training_steps=steps
+    )
     batches = iter(())
     vae.train()
     progress = tqdm(range(steps), desc="vae", mininterval=5)
@@ -84,9 +85,11 @@ def train(
 
 @torch.no_grad()
 def latent_statistics(vae: AutoencoderKL, images: torch.Tensor) -> dict[str, object]:
-    """Standard deviation of posterior samples (overall and by channel), and the part of it that is the posterior's own."""
+    """Mean and standard deviation of posterior samples, overall and by channel, and the posterior's own part in it."""
     posterior = vae.encode(images).latent_dist
-    sample = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
+    sample = posterior.mean + posterior.std * torch.randn(
+        posterior.mean.shape, generator=torch.Generator().manual_seed(0)
+    )
     return {
         "std": sample.std().item(),
         "mean": sample.mean().item(),
@@ -104,7 +107,7 @@ def reconstruct(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
 
 
 def measure(vae: AutoencoderKL, data: str | os.PathLike) -> tuple[dict[str, float], np.ndarray]:
-    """How well the validation split is reconstructed: the numbers, and the first images above their reconstructions."""
+    """How well the validation split is reconstructed: the numbers, and a picture of some reconstructions."""
     train_images, train_labels = load_split(data, "train")
     images, labels = load_split(data, "validation")
     reconstructions = reconstruct(vae, images)
@@ -150,14 +153,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     generator = torch.Generator().manual_seed(options.seed)
     with new_folder(options.output) as folder:
         started = time.perf_counter()
-        train(vae, to_tensor(images), options.steps, options.batch_size, options.learning_rate, options.kl_weight, generator)
+        train(
+            vae,
+            to_tensor(images),
+            options.steps,
+            options.batch_size,
+            options.learning_rate,
+            options.kl_weight,
+            generator,
+        )
         seconds = time.perf_counter() - started
         latents = latent_statistics(vae, to_tensor(images))
         vae.register_to_config(scaling_factor=round(1 / latents["std"], 4))
         report, picture = measure(vae, options.data)
         vae.save_pretrained(folder)
         Image.fromarray(picture).save(folder / "preview.png")
-        report |= {"latents": latents, "seconds": seconds, "parameters": vae.num_parameters(), "options": vars(options)}
+        report |= {
+            "latents": latents,
+            "seconds": seconds,
+            "parameters": vae.num_parameters(),
+            "options": vars(options),
+        }
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 
