@@ -86,7 +86,8 @@ def convert_original_checkpoint(
 
     Args:
         checkpoint: a released TransDiff `checkpoint-last.pth`.
-        vae_checkpoint: the released VAE's `checkpoint-last.pth`, a folder with an `AutoencoderKL`, or the model.
+        vae_checkpoint: the released VAE's `checkpoint-last.pth`, a folder with an `AutoencoderKL`, or the model itself,
+            which is taken as it is.
         num_attention_heads: heads in both parts, for widths other than those of the published sizes: heads leave no
             trace in the shapes.
         preset: a published model (its folder in the authors' repository, e.g. "transdiff_l_mrar") whose sampling
@@ -98,9 +99,8 @@ def convert_original_checkpoint(
         ValueError: a file is unreadable or another model's, its weights' names or shapes do not fit, the head count
             is unknown or impossible, or `preset` is unknown or contradicts the shapes.
     """
-    from ..pipelines.pipeline_transdiff import (
-        TransDiffPipeline,
-    )  # the pipeline's from_single_file is made of this file
+    # Imported here because the pipeline's own from_single_file is built on this module.
+    from ..pipelines.pipeline_transdiff import TransDiffPipeline
 
     return TransDiffPipeline(
         **load_original_components(checkpoint, vae_checkpoint, num_attention_heads, preset, dtype)

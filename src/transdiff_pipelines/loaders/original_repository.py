@@ -65,7 +65,7 @@ def explain_original_repository(name_or_path: str | os.PathLike[str]) -> str | N
         if not checkpoints:
             return None
         held = ", ".join(str(checkpoint.relative_to(path)) for checkpoint in checkpoints)
-        command = "transdiff convert --checkpoint CHECKPOINT.pth --vae VAE.pth --output FOLDER"
+        command = "transdiff convert CHECKPOINT.pth --vae VAE.pth --output FOLDER"
     elif str(name_or_path).strip("/").lower() == ORIGINAL_REPOSITORY.lower():
         held = ", ".join(PUBLISHED)
         command = f"transdiff convert --repo {ORIGINAL_REPOSITORY} --model transdiff_l_mrar --output FOLDER"
