@@ -1,0 +1,390 @@
+"""Typed training configuration: YAML files with command-line overrides, checked before anything runs.
+
+A configuration is a tree of dataclasses. `load_config(["--config", "run.yaml", "--optimizer.learning_rate=1e-3"])`
+reads the file, applies the overrides and checks every key and value; a wrong one is a `ConfigError` that says what
+would have been right. `--help` prints every key with its type, default and meaning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Sequence, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+LATENT_PARTS = ("condition_encoder", "transformer")
+
+
+class ConfigError(ValueError):
+    """A key that does not exist, or a value that cannot be right."""
+
+
+def option(default: Any, help: str) -> Any:  # noqa: A002 - the word users look for
+    """A dataclass field with a one-line explanation; lists get a fresh copy per instance."""
+    metadata = {"help": help}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass
+class ModelConfig:
+    """The two networks: sizes of their own, a published preset, or those of a pipeline to start from."""
+
+    start_from: str | None = option(None, "pipeline folder whose weights are inherited (1-step -> MRAR, fine-tuning)")
+    preset: str | None = option(None, "published sizes: B, L or H; the sizes below must then stay unset")
+    patch_size: int = option(1, "AR patch p: p*p images of one class in a sequence; 1 is the 1-step model, 2 MRAR")
+    encoder_layers: int | None = option(None, "blocks of the AR condition encoder")
+    decoder_layers: int | None = option(None, "blocks of the diffusion decoder")
+    num_attention_heads: int | None = option(None, "heads in both networks")
+    attention_head_dim: int | None = option(None, "width of a head; the width of both networks is heads x this")
+    num_class_tokens: int | None = option(None, "copies of the class embedding in front of the sequence (paper: 64)")
+    dropout: float = option(0.1, "on attention probabilities and projections, in training only")
+    frozen: list[str] = option([], f"networks that are not trained, of {', '.join(LATENT_PARTS)}")
+
+    def __post_init__(self) -> None:
+        require(self.patch_size >= 1, f"model.patch_size is {self.patch_size}; it must be 1 or more")
+        require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; it must be in [0, 1)")
+        for name in self.frozen:
+            require(name in LATENT_PARTS, f"model.frozen names {name!r}; valid names: {', '.join(LATENT_PARTS)}")
+        require(
+            len(set(self.frozen)) < len(LATENT_PARTS), "model.frozen names both networks: nothing is left to train"
+        )
+        require(not (self.preset and self.start_from), "model.preset and model.start_from both give sizes: set one")
+        given = [name for name, value in self.sizes().items() if value is not None]
+        require(not (self.preset and given), f"model.preset gives the sizes; unset {', '.join(given)}")
+        missing = [name for name, value in self.sizes().items() if value is None]
+        complete = self.preset or self.start_from or not missing
+        require(bool(complete), f"model needs {', '.join(missing)} (or preset, or start_from)")
+
+    def sizes(self) -> dict[str, int | None]:
+        names = ("encoder_layers", "decoder_layers", "num_attention_heads", "attention_head_dim", "num_class_tokens")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class DataConfig:
+    """Images, the VAE that encodes them, and the cache of latents that training reads."""
+
+    images: str | None = option(None, "folder with one sub-folder per class; read by cache_latents only")
+    vae: str = option("", "AutoencoderKL folder, or a Hub name; it also goes into the finished pipeline")
+    cache: str = option("", "folder of the latent cache: written by cache_latents, read by train")
+    image_size: int = option(256, "side in pixels after the centre crop")
+    mirror: bool = option(True, "also cache each image's mirror; one of the two is drawn each time (off for digits)")
+    dtype: Literal["float32", "float16"] = option("float32", "how moments are stored; float16 halves a large cache")
+    shard_size: int = option(8192, "images in a cache shard")
+    encode_batch_size: int = option(32, "images the VAE encodes at once")
+    batch_size: int = option(32, "groups (1-step: images) per process and accumulation step")
+    groups_per_epoch: int | None = option(
+        None,
+        "length of an epoch in groups; unset: each image is used once, images / N groups of N different images of a "
+        "class, where a class's last group is filled up with its images already used in this epoch (a class with "
+        "fewer than N images repeats them)",
+    )
+    workers: int = option(0, "processes that prepare batches ahead; 0: the training process itself")
+
+    def __post_init__(self) -> None:
+        require(bool(self.vae), "data.vae is missing: the folder of the AutoencoderKL")
+        require(bool(self.cache), "data.cache is missing: the folder of the latent cache")
+        for name in ("image_size", "shard_size", "encode_batch_size", "batch_size"):
+            require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}; it must be 1 or more")
+        require(self.workers >= 0, f"data.workers is {self.workers}; it must be 0 or more")
+        groups = self.groups_per_epoch
+        require(groups is None or groups >= 1, f"data.groups_per_epoch is {groups}; it must be 1 or more, or null")
+
+
+@dataclass
+class LossConfig:
+    diffusion_batch_mul: int = option(4, "timesteps and noises per latent and encoder pass (paper: 4, MRAR 2)")
+    label_dropout: float = option(0.1, "probability that a group's label becomes the null class (for guidance)")
+
+    def __post_init__(self) -> None:
+        mul = self.diffusion_batch_mul
+        require(mul >= 1, f"loss.diffusion_batch_mul is {mul}; it must be 1 or more")
+        require(0 <= self.label_dropout < 1, f"loss.label_dropout is {self.label_dropout}; it must be in [0, 1)")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW; weight decay touches neither 1-D tensors nor the diffusion decoder."""
+
+    learning_rate: float = option(1e-4, "peak learning rate")
+    scale_by_batch: bool = option(False, "multiply learning_rate by global batch / 256, as the 1-step recipe does")
+    beta1: float = option(0.9, "AdamW")
+    beta2: float = option(0.95, "AdamW")
+    weight_decay: float = option(0.02, "AdamW, matrices and embeddings of the condition encoder only")
+    max_grad_norm: float = option(3.0, "gradients are clipped to this norm")
+    gradient_accumulation: int = option(1, "batches per optimiser step")
+    max_bad_steps: int = option(5, "stop after this many steps in a row whose loss or gradient is not finite")
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
+        require(self.max_grad_norm > 0, f"optimizer.max_grad_norm is {self.max_grad_norm}; it must be positive")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it must be 0 or more")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        for name in ("gradient_accumulation", "max_bad_steps"):
+            require(getattr(self, name) >= 1, f"optimizer.{name} is {getattr(self, name)}; it must be 1 or more")
+
+
+@dataclass
+class ScheduleConfig:
+    """Length and learning-rate shape, in epochs or in optimiser steps; applied per optimiser step."""
+
+    epochs: float | None = option(None, "length in epochs; or give steps")
+    steps: int | None = option(None, "length in optimiser steps; or give epochs")
+    warmup_epochs: float | None = option(None, "linear warm-up in epochs; or give warmup_steps")
+    warmup_steps: int | None = option(None, "linear warm-up in optimiser steps; or give warmup_epochs")
+    decay: Literal["constant", "cosine"] = option("constant", "after the warm-up: constant (paper), or cosine to zero")
+
+    def __post_init__(self) -> None:
+        require((self.epochs is None) != (self.steps is None), "schedule needs one of epochs and steps")
+        both = self.warmup_epochs is not None and self.warmup_steps is not None
+        require(not both, "schedule.warmup_epochs and schedule.warmup_steps are both set: set one")
+        length = self.epochs if self.steps is None else self.steps
+        require(length is not None and length > 0, f"schedule length is {length}; it must be positive")
+        require((self.warmup_epochs or self.warmup_steps or 0) >= 0, "schedule warm-up must be 0 or more")
+
+
+@dataclass
+class EmaConfig:
+    decay: float = option(0.9999, "final decay; it warms up as (1 + step) / (10 + step)")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.decay < 1, f"ema.decay is {self.decay}; it must be in [0, 1)")
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = option(5000, "optimiser steps between checkpoints; there is always one at the end")
+    keep: int = option(2, "how many of the latest checkpoints are kept")
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, f"checkpoints.every is {self.every}; it must be 1 or more")
+        require(self.keep >= 1, f"checkpoints.keep is {self.keep}; it must be 1 or more")
+
+
+@dataclass
+class PreviewConfig:
+    every: int | None = option(5000, "optimiser steps between preview grids of the EMA weights; null: none")
+    labels: list[int] = option([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], "class indices, one column each")
+    rows: int = option(4, "images per class")
+    num_inference_steps: int = option(50, "sampler steps of a preview")
+
+    def __post_init__(self) -> None:
+        require(self.every is None or self.every >= 1, f"preview.every is {self.every}; it must be 1 or more, or null")
+        for name in ("rows", "num_inference_steps"):
+            require(getattr(self, name) >= 1, f"preview.{name} is {getattr(self, name)}; it must be 1 or more")
+
+
+@dataclass
+class SamplingConfig:
+    """What the finished pipeline recommends; the previews use it too."""
+
+    guidance_scale: float = option(1.3, "recommended classifier-free guidance")
+    drift_scale: float = option(1.0, "scheduler: scale of the SDE's drift")
+    diffusion_scale: float = option(1.0, "scheduler: scale of the SDE's noise")
+
+    def __post_init__(self) -> None:
+        for name in ("guidance_scale", "drift_scale", "diffusion_scale"):
+            require(getattr(self, name) >= 0, f"sampling.{name} is {getattr(self, name)}; it must be 0 or more")
+
+
+@dataclass
+class TrainConfig:
+    """A training run. Everything a run depends on stands here; nothing is implied by the code."""
+
+    output: str = option("", "folder of the run: checkpoints, previews, metrics, and pipeline/ at the end")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    seed: int = option(0, "every random draw follows from it")
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "autocast dtype; weights stay float32")
+    log_every: int = option(20, "optimiser steps between lines in metrics.jsonl")
+    resume: str = option(
+        "auto",
+        "auto: continue from the output folder's latest checkpoint if there is one; latest: the same, but its absence "
+        "is an error; never: refuse a folder that has checkpoints; or the path of a checkpoint",
+    )
+
+    def __post_init__(self) -> None:
+        require(bool(self.output), "output is missing: the folder of the run")
+        require(self.log_every >= 1, f"log_every is {self.log_every}; it must be 1 or more")
+        require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load_config(arguments: Sequence[str], program: str = "training.train") -> TrainConfig:
+    """Read `--config FILE` and `--key=value` overrides; `--help` prints every key and exits.
+
+    Raises:
+        ConfigError: for an unknown key, a value of the wrong type or range, or a missing file.
+    """
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(help_text(program))
+        raise SystemExit(0 if arguments else 2)
+    files, overrides = split_arguments(arguments)
+    require(len(files) == 1, f"give exactly one --config FILE, not {len(files)}; --help shows the keys")
+    tree = read_yaml(Path(files[0]))
+    for key, text in overrides:
+        set_key(tree, key, yaml.safe_load(text))
+    return build(TrainConfig, tree)
+
+
+def config_or_exit(program: str) -> TrainConfig:
+    """`load_config(sys.argv)` for a main function: a `ConfigError` becomes one line and exit status 2."""
+    try:
+        return load_config(sys.argv[1:], program)
+    except ConfigError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """`["--config", "f", "--a.b=1", "--c", "2"]` -> `(["f"], [("a.b", "1"), ("c", "2")])`."""
+    files: list[str] = []
+    overrides: list[tuple[str, str]] = []
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        require(argument.startswith("--"), f"cannot read {argument!r}: write --config FILE or --key=value")
+        key, equals, value = argument[2:].partition("=")
+        if not equals:
+            require(bool(remaining), f"--{key} has no value: write --{key}=VALUE")
+            value = remaining.pop(0)
+        if key == "config":
+            files.append(value)
+        else:
+            overrides.append((key, value))
+    return files, overrides
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    require(path.is_file(), f"no config file {path}; ready-made ones are in training/configs")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    require(tree is None or isinstance(tree, dict), f"{path} must hold keys and values")
+    return tree or {}
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set the dotted `key` in a tree of dictionaries; the check of names follows in `build`."""
+    *sections, last = key.split(".")
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        require(isinstance(tree, dict), f"{key!r}: {section!r} is a value, not a section")
+    tree[last] = value
+
+
+def build(schema: type, tree: Any, path: str = "") -> Any:
+    """Make `schema` from nested dictionaries, checking every name and type."""
+    where = f"section {path!r}" if path else "a config"
+    require(isinstance(tree, dict), f"{where} must hold keys and values, not {tree!r}")
+    hints = get_type_hints(schema)
+    names = [item.name for item in dataclasses.fields(schema)]
+    values = {}
+    for key, value in tree.items():
+        full = f"{path}.{key}" if path else str(key)
+        if key not in names:
+            raise ConfigError(unknown_key(full, str(key), where, names))
+        hint = hints[key]
+        values[key] = build(hint, value or {}, full) if dataclasses.is_dataclass(hint) else convert(value, hint, full)
+    for name in names:  # sections left out are built too, so that their own checks run
+        if name not in values and dataclasses.is_dataclass(hints[name]):
+            values[name] = build(hints[name], {}, f"{path}.{name}" if path else name)
+    return schema(**values)
+
+
+def unknown_key(full: str, key: str, where: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(key, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"unknown key {full!r}{hint} {where} takes: {', '.join(names)}"
+
+
+def convert(value: Any, hint: Any, path: str) -> Any:
+    """Check `value` against a type hint; whole numbers and texts such as `1e-4` are accepted as floats."""
+    origin, choices = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in choices:
+            return None
+        return convert(value, next(choice for choice in choices if choice is not type(None)), path)
+    if origin is Literal:
+        if value is False and "no" in choices:  # YAML reads a bare `no` as false
+            value = "no"
+        require(value in choices, f"{path} is {value!r}; valid values: {', '.join(map(str, choices))}")
+        return value
+    if origin is list:
+        require(isinstance(value, list), f"{path} is {value!r}; a list such as [a, b] is expected")
+        return [convert(item, choices[0], f"{path}[{index}]") for index, item in enumerate(value)]
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as text
+        except ValueError:
+            pass
+    good = isinstance(value, hint) and not (hint is not bool and isinstance(value, bool))
+    require(good, f"{path} is {value!r}; expected {type_name(hint)}")
+    return value
+
+
+def type_name(hint: Any) -> str:
+    origin, choices = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if choice is type(None) else type_name(choice) for choice in choices)
+    if origin is Literal:
+        return " | ".join(map(str, choices))
+    if origin is list:
+        return f"list of {type_name(choices[0])}"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The resolved configuration as plain values, ready for YAML or JSON."""
+    return dataclasses.asdict(config)
+
+
+def help_text(program: str) -> str:
+    """Usage and every key, with type, default and meaning."""
+    lines = [
+        f"usage: accelerate launch -m {program} --config FILE [--key=value ...]",
+        "",
+        "Keys of the YAML file; on the command line a key in a section is written with a dot:",
+        f"  python -m {program} --config training/configs/digits_1step.yaml --optimizer.learning_rate=1e-3",
+    ]
+    return "\n".join(lines + section_help(TrainConfig, ""))
+
+
+def section_help(schema: type, path: str) -> list[str]:
+    hints = get_type_hints(schema)
+    lines: list[str] = []
+    nested: list[str] = []
+    for item in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(hints[item.name]):
+            nested += ["", f"{item.name}:"] + section_help(hints[item.name], f"{path}{item.name}.")  # type: ignore[arg-type]
+            continue
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        shown = "required" if default == "" else "null" if default is None else default
+        lines.append(f"  {path}{item.name} = {shown}  ({type_name(hints[item.name])})")
+        lines.append(f"      {item.metadata['help']}")
+    return lines + nested

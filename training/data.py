@@ -1,0 +1,142 @@
+"""Training batches from a latent cache: MRAR groups on the fly, every random draw keyed, so that runs are reproducible.
+
+Training reads one endless stream of groups, epoch after epoch. Position q of the stream is slot `q % groups` of epoch
+`q // groups`; batch k of a run with global batch size G holds positions kG .. (k + 1)G - 1, split over the processes in
+order. So the position in the data *is* the step, a batch may run over the end of an epoch, and nothing is left out.
+
+Every draw of a group (posterior sample, mirror, timesteps, noise, label drop) comes from a generator keyed on (seed,
+epoch, slot). One process and two therefore see the same numbers, and so does a run that was resumed.
+
+Shapes: B groups, N images per group, m the diffusion batch multiplier, C channels, s latent side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .latent_cache import LatentCache
+from .loss import drop_labels, logit_normal_timesteps
+
+Batch = dict[str, Tensor]
+
+
+def keyed_generator(*key: int) -> torch.Generator:
+    """A CPU generator that depends on the whole key and on nothing else."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def draw_groups(
+    labels: np.ndarray, group_size: int, seed: int, epoch: int, num_groups: int | None = None
+) -> np.ndarray:
+    """Groups of `group_size` different images of one class, in random order: the epoch's `(groups, group_size)` indices.
+
+    Each image is used once, except that a class's last group, where images are left over, is filled up with images of
+    the class already used in this epoch, and that a class with fewer than `group_size` images repeats them within its
+    one group. `num_groups` cuts or lengthens the epoch: a longer one goes through the images again in a new order.
+    """
+    order = np.argsort(labels, kind="stable")
+    members = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    rounds: list[np.ndarray] = []
+    while not rounds or sum(map(len, rounds)) < (num_groups or 0):
+        random = np.random.default_rng([seed, epoch, len(rounds)])
+        # np.resize repeats its input from the start: exactly the rule for leftovers and for small classes
+        padded = [
+            np.resize(random.permutation(images), -(-len(images) // group_size) * group_size) for images in members
+        ]
+        groups = np.concatenate(padded).reshape(-1, group_size)
+        rounds.append(groups[random.permutation(len(groups))])
+    return np.concatenate(rounds)[:num_groups]
+
+
+def count_groups(labels: np.ndarray, group_size: int) -> int:
+    """Groups in an epoch that uses each image once."""
+    counts = np.unique(labels, return_counts=True)[1]
+    return int((-(-counts // group_size)).sum())
+
+
+class GroupBatches(Dataset[Batch]):
+    """Item k is this process's part of batch k of the stream, ready for `velocity_loss`:
+
+    `latents (B, N, C, s, s)` scaled, `labels (B,)` with drops applied, `timesteps (N, B * m)`, `noise (N, B * m, C, s, s)`.
+
+    Args:
+        cache: the latents.
+        group_size: N; 1 for 1-step models.
+        batch_size: B, groups per process and batch.
+        diffusion_batch_mul: m.
+        label_dropout: probability that a group's label becomes the null class.
+        seed: keys every draw.
+        groups_per_epoch: length of an epoch; None: each image once (see `draw_groups`).
+        rank, world_size: this process and the number of processes.
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        group_size: int,
+        batch_size: int,
+        diffusion_batch_mul: int,
+        label_dropout: float,
+        seed: int,
+        groups_per_epoch: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.cache = cache
+        self.group_size = group_size
+        self.batch_size = batch_size
+        self.diffusion_batch_mul = diffusion_batch_mul
+        self.label_dropout = label_dropout
+        self.seed = seed
+        self.groups_per_epoch = groups_per_epoch or count_groups(cache.labels, group_size)
+        self.rank = rank
+        self.global_batch_size = batch_size * world_size
+        self._epoch_groups = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def _draw_epoch(self, epoch: int) -> np.ndarray:
+        return draw_groups(self.cache.labels, self.group_size, self.seed, epoch, self.groups_per_epoch)
+
+    def __getitem__(self, index: int) -> Batch:
+        first = index * self.global_batch_size + self.rank * self.batch_size
+        draws = [self.draw(*divmod(first + offset, self.groups_per_epoch)) for offset in range(self.batch_size)]
+        stacked = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+        # (B, N, m, ...) -> (N, m, B, ...) -> (N, m * B, ...): the batch tiled m times
+        timesteps = logit_normal_timesteps(stacked["time"]).permute(1, 2, 0).flatten(1)
+        noise = stacked["noise"].permute(1, 2, 0, 3, 4, 5).flatten(1, 2)
+        labels = drop_labels(stacked["label"], stacked["drop"] < self.label_dropout, self.cache.num_classes)
+        latents = (stacked["mean"] + stacked["std"] * stacked["posterior"]) * self.cache.scaling_factor
+        return {"latents": latents, "labels": labels, "timesteps": timesteps, "noise": noise}
+
+    def draw(self, epoch: int, slot: int) -> dict[str, Tensor]:
+        """Everything random about one group: a function of (seed, epoch, slot) alone."""
+        images = self._epoch_groups(epoch)[slot]
+        generator = keyed_generator(self.seed, epoch, slot)
+        shape, mul, count = self.cache.latent_shape, self.diffusion_batch_mul, self.group_size
+        uniform = torch.rand(count + 1, generator=generator)
+        # one draw for all normal numbers of the group: many small ones would cost more than the numbers
+        latent_size = int(np.prod(shape))
+        normal = torch.randn(count * (mul + latent_size * (mul + 1)), generator=generator)
+        time, posterior, noise = normal.split([count * mul, count * latent_size, count * mul * latent_size])
+        views = (uniform[1:] * self.cache.num_views).long().tolist()
+        moments = [self.cache.moments(image, view) for image, view in zip(images.tolist(), views)]
+        return {
+            "label": torch.tensor(int(self.cache.labels[images[0]])),
+            "drop": uniform[0],
+            "time": time.view(count, mul),
+            "posterior": posterior.view(count, *shape),
+            "noise": noise.view(count, mul, *shape),
+            "mean": torch.stack([mean for mean, _ in moments]),
+            "std": torch.stack([std for _, std in moments]),
+        }
+
+
+def batch_loader(batches: GroupBatches, first: int, last: int, workers: int = 0) -> DataLoader[Batch]:
+    """Batches `first .. last - 1` in order, prepared ahead by `workers` processes; their number changes no value."""
+    return DataLoader(batches, batch_size=None, sampler=range(first, last), num_workers=workers)

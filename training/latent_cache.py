@@ -1,0 +1,122 @@
+"""The latent cache on disk: what `cache_latents` writes and training reads.
+
+A cache is a folder of
+
+    settings.json           everything the moments depend on; a folder made with other settings is refused
+    moments-00000.safetensors ...    mean, std (n, V, C, s, s) unscaled, and labels (n,); V = 2 views with a mirror, else 1
+    index.json              written last: the settings, the shards and their counts, skipped images, latent std
+
+Shards are memory mapped, so a cache larger than memory trains as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+FORMAT = 1
+
+
+class CacheError(ValueError):
+    """A cache that is missing, unfinished, or made with other settings."""
+
+
+class LatentCache:
+    """A finished cache, opened for reading.
+
+    Attributes:
+        labels: `(images,)` int64 class index of each image.
+        classes: class names in index order.
+        latent_shape: `(C, s, s)`.
+        num_views: 2 if each image's mirror is cached too, else 1.
+        scaling_factor: the VAE's; training latents are posterior samples times this.
+        vae_fingerprint: digest of the VAE the moments come from.
+
+    Raises:
+        CacheError: if the folder holds no finished cache.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        index_path = self.folder / "index.json"
+        if not index_path.is_file():
+            state = "unfinished" if self.folder.exists() else "missing"
+            raise CacheError(f"latent cache {self.folder} is {state}; run training.cache_latents with the same config")
+        index = json.loads(index_path.read_text(encoding="utf-8"))
+        self.settings: dict[str, Any] = index["settings"]
+        if self.settings["format"] != FORMAT:
+            raise CacheError(f"latent cache {self.folder} has format {self.settings['format']}; expected {FORMAT}")
+        self.classes: list[str] = self.settings["classes"]
+        self.scaling_factor: float = self.settings["scaling_factor"]
+        self.vae_fingerprint: str = self.settings["vae_fingerprint"]
+        self.shards = [load_file(self.folder / shard["file"]) for shard in index["shards"]]
+        counts = [len(shard["labels"]) for shard in self.shards]
+        self.labels: np.ndarray = torch.cat([shard["labels"] for shard in self.shards]).numpy()
+        self._place = [(shard, row) for shard, count in enumerate(counts) for row in range(count)]
+        self.num_views: int = self.shards[0]["mean"].shape[1]
+        self.latent_shape: tuple[int, int, int] = tuple(self.shards[0]["mean"].shape[2:])  # type: ignore[assignment]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def moments(self, image: int, view: int) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation `(C, s, s)` of an image's posterior, float32, unscaled; view 1 is the mirror."""
+        shard, row = self._place[image]
+        return self.shards[shard]["mean"][row, view].float(), self.shards[shard]["std"][row, view].float()
+
+    def check(self, **expected: Any) -> None:
+        """Refuse a cache whose settings differ from `expected`.
+
+        Raises:
+            CacheError: naming each setting, its value in the cache and the expected one.
+        """
+        check_settings(self.folder, self.settings, expected)
+
+
+def check_settings(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse a cache folder whose settings differ from the expected ones."""
+    differences = [
+        f"{name} is {shorten(found.get(name))} in the cache, {shorten(value)} now"
+        for name, value in expected.items()
+        if found.get(name) != value
+    ]
+    if differences:
+        raise CacheError(
+            f"latent cache {folder} was made with other settings: {'; '.join(differences)}. "
+            "Choose another data.cache folder, or delete this one."
+        )
+
+
+def shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def module_fingerprint(module: torch.nn.Module, config: dict[str, Any]) -> str:
+    """A digest of a model's configuration and weights, the same wherever the model is stored."""
+    digest = hashlib.sha256()
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
+    digest.update(json.dumps(public, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name, then rename it, so that a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

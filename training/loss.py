@@ -1,0 +1,93 @@
+"""The velocity loss of 1-step and MRAR models (Eq. 8, 10, 12), as pure functions: every random draw is an argument.
+
+Shapes: B groups, N images per group (1-step: N = 1), m the diffusion batch multiplier, C channels, s latent side.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+def truncate_timesteps(time: Tensor) -> Tensor:
+    """Times in [0, 1] to integer timesteps in [0, 1000): `floor(1000 t)`."""
+    return (time * NUM_TRAIN_TIMESTEPS).long().clamp(0, NUM_TRAIN_TIMESTEPS - 1)
+
+
+def logit_normal_timesteps(normal: Tensor) -> Tensor:
+    """Standard normal numbers to logit-normal integer timesteps: `floor(1000 sigmoid(z))`."""
+    return truncate_timesteps(normal.double().sigmoid())
+
+
+def drop_labels(labels: Tensor, dropped: Tensor, num_classes: int) -> Tensor:
+    """Labels `(B,)` with those marked in the boolean `dropped` `(B,)` replaced by the null class `num_classes`."""
+    return labels.masked_fill(dropped, num_classes)
+
+
+def tile(tensor: Tensor, times: int) -> Tensor:
+    """The whole batch `times` times, one copy after the other (not each element repeated in place)."""
+    return tensor.repeat(times, *[1] * (tensor.ndim - 1))
+
+
+def prefix_losses(
+    encoder: nn.Module, transformer: nn.Module, latents: Tensor, labels: Tensor, timesteps: Tensor, noise: Tensor
+) -> Tensor:
+    """Mean squared velocity error of each image given the images before it.
+
+    Args:
+        encoder: labels `(B,)` and reference latents `(B, N - 1, C, s, s)` -> condition `(B, S, D)`, N groups of S / N.
+        transformer: noisy latents, timestep and condition -> velocity.
+        latents: `(B, N, C, s, s)` clean latents in scaled units, N different images of one class each.
+        labels: `(B,)` class indices; the null class where the label is dropped.
+        timesteps: `(N, B * m)` integers in [0, 1000), ordered as the batch tiled m times.
+        noise: `(N, B * m, C, s, s)` standard normal, ordered likewise.
+
+    Returns:
+        `(N,)` losses, float32.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+    """
+    batch, num_images = latents.shape[:2]
+    times = check_shapes(latents, timesteps, noise)
+    references = latents[:, :-1] if num_images > 1 else None
+    condition = tile(encoder(labels, references).condition, times)
+    tokens_per_image = condition.shape[1] // num_images
+    losses = []
+    for image in range(num_images):
+        clean = tile(latents[:, image], times)
+        # Eq. 4: x_t = (1 - t) x_0 + t eps with velocity eps - x_0; the network sees the truncated t as well.
+        sigma = (timesteps[image].to(clean.dtype) / NUM_TRAIN_TIMESTEPS).view(-1, 1, 1, 1)
+        noisy = (1 - sigma) * clean + sigma * noise[image]
+        # Eq. 12: attention is block-causal, so the condition of image i is a prefix of the whole one.
+        prefix = condition[:, : (image + 1) * tokens_per_image]
+        velocity = transformer(noisy, timesteps[image], prefix).sample
+        losses.append(F.mse_loss(velocity.float(), (noise[image] - clean).float()))
+    return torch.stack(losses)
+
+
+def velocity_loss(
+    encoder: nn.Module, transformer: nn.Module, latents: Tensor, labels: Tensor, timesteps: Tensor, noise: Tensor
+) -> Tensor:
+    """The training loss: the mean of `prefix_losses` (same arguments); 1-step is the case N = 1."""
+    return prefix_losses(encoder, transformer, latents, labels, timesteps, noise).mean()
+
+
+def check_shapes(latents: Tensor, timesteps: Tensor, noise: Tensor) -> int:
+    """The diffusion batch multiplier m that `timesteps` and `noise` imply for `latents`."""
+    batch, num_images, *image_shape = latents.shape
+    times = timesteps.shape[-1] // batch
+    if times < 1 or tuple(timesteps.shape) != (num_images, batch * times):
+        raise ValueError(
+            f"timesteps have shape {tuple(timesteps.shape)}; for latents {tuple(latents.shape)} it must be "
+            f"({num_images}, {batch} * m)"
+        )
+    expected = (num_images, batch * times, *image_shape)
+    if tuple(noise.shape) != expected:
+        raise ValueError(
+            f"noise has shape {tuple(noise.shape)}; for these latents and timesteps it must be {expected}"
+        )
+    return times
