@@ -129,7 +129,8 @@ class ARConditionEncoder(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         if self.num_images == 1:
             return None
         group_sizes = torch.tensor([self.config.num_class_tokens] + [self.tokens_per_image] * self.num_images)
-        group = torch.repeat_interleave(torch.arange(len(group_sizes)), group_sizes)
+        length = self.config.num_class_tokens + self.config.sample_size**2  # given, so that the meta device serves
+        group = torch.arange(len(group_sizes)).repeat_interleave(group_sizes, output_size=length)
         return group[:, None] >= group[None, :]
 
     def _check_references(self, class_labels: torch.Tensor, reference_latents: torch.Tensor) -> None:
