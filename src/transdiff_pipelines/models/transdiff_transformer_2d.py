@@ -113,11 +113,9 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         """Linears Xavier-uniform with zero bias, modulation tables normal / √D, the last linear zero."""
         initialize_linear_and_norm_weights(self)
         nn.init.normal_(self.position_embedding, std=0.02)
-        for table in (
-            self.scale_shift_table,
-            *(block.scale_shift_table for block in self.transformer_blocks),
-        ):
-            nn.init.normal_(table, std=table.shape[-1] ** -0.5)
+        for name, parameter in self.named_parameters():
+            if name.endswith("scale_shift_table"):
+                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         nn.init.zeros_(self.proj_out.weight)
 
     def embed_time(self, timestep: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

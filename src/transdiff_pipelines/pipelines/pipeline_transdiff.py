@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..models import ARConditionEncoder, TransDiffTransformer2DModel
+from ..models.alignment import align_weights
 from .checks import (
     check_components,
     check_count,
@@ -77,6 +78,9 @@ class TransDiffPipeline(DiffusionPipeline):
         super().__init__()
         check_components(condition_encoder, transformer, vae)
         check_scheduler(scheduler)
+        for module in (condition_encoder, transformer, vae):
+            if module is not None:
+                align_weights(module)
         self.register_modules(
             condition_encoder=condition_encoder, transformer=transformer, vae=vae, scheduler=scheduler
         )

@@ -67,7 +67,8 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
             )
         if "_use_default_values" in self.config:  # absent on a scheduler reloaded from its saved config
             dropped = [name for name in self.config._use_default_values if name not in _ALWAYS_HANDED_ON]
-            self.register_to_config(_use_default_values=dropped)
+            # The class name, which a saved config has, tells other schedulers' `from_config` whose entries these are.
+            self.register_to_config(_use_default_values=dropped, _class_name=type(self).__name__)
 
         self._step_index: int | None = None
         self._begin_index: int | None = None
