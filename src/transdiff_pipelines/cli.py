@@ -8,12 +8,13 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from . import __version__
 
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def main() -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"transdiff_pipelines {version('transdiff_pipelines')}")
+        typer.echo(f"transdiff_pipelines {__version__}")
         raise typer.Exit()
 
 
@@ -190,8 +191,7 @@ def convert(
         pipe = convert_original_checkpoint(checkpoint, vae, num_attention_heads, preset, dtype=getattr(torch, dtype))
         save_converted(pipe, output)
 
-        parts = (pipe.condition_encoder, pipe.transformer)
-        parameters = sum(parameter.numel() for part in parts for parameter in part.parameters())
+        parameters = pipe.condition_encoder.num_parameters() + pipe.transformer.num_parameters()
         typer.echo(f"{output}: {parameters:,} parameters beside the VAE's; recommended {_scales(pipe, None)}")
         typer.echo(f"  next: transdiff generate {_example_label(pipe)} --model {output}")
 
@@ -229,6 +229,7 @@ def _check_image_path(path: Path) -> None:
 
 def _load_pipeline(model: str | None, dtype: str, device: str | None) -> "TransDiffPipeline":
     import torch
+    from diffusers.utils import logging as diffusers_logging
 
     from . import DIGITS, TransDiffPipeline
 
@@ -242,7 +243,8 @@ def _load_pipeline(model: str | None, dtype: str, device: str | None) -> "TransD
         )
     elif not Path(model).exists() and not _is_repository_name(model):
         raise FileNotFoundError(f"model {model} does not exist; expected a pipeline's folder or a Hub OWNER/NAME")
-    pipe = TransDiffPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype))
+    diffusers_logging.disable_progress_bar()  # the bar of loading; that of drawing is the pipeline's own
+    pipe = TransDiffPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     return pipe.to(place)
 
@@ -370,7 +372,3 @@ def _scales(pipe: "TransDiffPipeline", guidance: float | list[float] | None) -> 
         config = pipe.scheduler.config
         text += f", drift scale {config.drift_scale}, diffusion scale {config.diffusion_scale}"
     return text
-
-
-if __name__ == "__main__":
-    main()
