@@ -9,6 +9,7 @@ from pathlib import Path
 # The base classes are exported for diffusers' loader, which looks for them here (see registration.py).
 from diffusers import ModelMixin, SchedulerMixin
 
+from .loaders import convert_original_checkpoint
 from .models import ARConditionEncoder, TransDiffTransformer2DModel
 from .pipelines import TransDiffPipeline
 from .registration import register_with_diffusers
@@ -32,4 +33,5 @@ __all__ = [
     "SchedulerMixin",
     "TransDiffPipeline",
     "TransDiffTransformer2DModel",
+    "convert_original_checkpoint",
 ]

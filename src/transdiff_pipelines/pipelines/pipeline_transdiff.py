@@ -19,6 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..loaders.single_file import TransDiffSingleFileMixin
 from ..models import ARConditionEncoder, TransDiffTransformer2DModel
 from ..models.alignment import align_weights
 from .checks import (
@@ -47,7 +48,7 @@ class TransDiffPipelineOutput(ImagePipelineOutput):
     intermediates: list[list[Image.Image] | np.ndarray | torch.Tensor] | None = None
 
 
-class TransDiffPipeline(DiffusionPipeline):
+class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
     """Class-conditional image generation with TransDiff (arXiv 2506.09482).
 
     Args:
