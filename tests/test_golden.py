@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from training.loss import truncate_timesteps, velocity_loss
 
+from training.loss import truncate_timesteps, velocity_loss
 from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.latents import pack_latents, unpack_latents
 from transdiff_pipelines.loaders import convert_original_checkpoint
