@@ -5,17 +5,19 @@ sequence of S / N tokens each, n reference images, K class tokens, D width.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
 
 from ..latents import pack_latents
 from .attention import LAYER_NORM_EPS, TransDiffAttention, feed_forward, initialize_linear_and_norm_weights
+from .key_value_cache import KeyValueCache
 
 
 @dataclass
@@ -42,8 +44,14 @@ class ARTransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.ff = feed_forward(dim, mlp_ratio, dropout)
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), attention_mask=attention_mask)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
+        attended = self.attn(self.norm1(hidden_states), attention_mask=attention_mask, cache=cache)
+        hidden_states = hidden_states + attended
         return hidden_states + self.ff(self.norm2(hidden_states))
 
 
@@ -133,59 +141,87 @@ class ARConditionEncoder(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         group = torch.arange(len(group_sizes)).repeat_interleave(group_sizes, output_size=length)
         return group[:, None] >= group[None, :]
 
-    def _check_references(self, class_labels: torch.Tensor, reference_latents: torch.Tensor) -> None:
+    def new_cache(self) -> list[KeyValueCache]:
+        """Empty caches, one a block, for a sequence that is encoded group by group."""
+        return [KeyValueCache() for _ in self.transformer_blocks]
+
+    def _check_references(self, class_labels: torch.Tensor, reference_latents: torch.Tensor, num_seen: int) -> None:
         channels, side = self.config.in_channels, self.config.sample_size
         expected = (class_labels.shape[0], "n", channels, side, side)
         shape = tuple(reference_latents.shape)
         if len(shape) != 5 or (shape[0], *shape[2:]) != (expected[0], *expected[2:]):
             raise ValueError(f"reference_latents has shape {shape}; expected {expected}, n images per label")
-        if shape[1] >= self.num_images:
+        num_references = num_seen + shape[1]
+        if num_references >= self.num_images:
             raise ValueError(
-                f"{shape[1]} reference images do not fit: a sequence of {self.num_images} images (patch_size "
+                f"{num_references} reference images do not fit: a sequence of {self.num_images} images (patch_size "
                 f"{self.config.patch_size}) takes at most {self.num_images - 1}"
             )
 
+    def _embed_labels(self, class_labels: torch.Tensor) -> torch.Tensor:
+        """The head of a sequence, `(B, K + S / N, D)`: class tokens and the group of mask tokens."""
+        class_token = self.class_embedding(class_labels).unsqueeze(1)
+        mask_tokens = self.mask_token.expand(class_labels.shape[0], self.tokens_per_image, -1)
+        return torch.cat([class_token.expand(-1, self.config.num_class_tokens, -1), mask_tokens], dim=1)
+
+    def _embed_references(self, reference_latents: torch.Tensor) -> torch.Tensor:
+        """Groups of tokens `(B, n * S / N, D)` of latents `(B, n, C, s, s)`."""
+        patches = pack_latents(reference_latents.flatten(0, 1), self.config.patch_size)
+        patches = patches.reshape(reference_latents.shape[0], -1, patches.shape[-1])
+        return self.reference_projection(patches.to(self.mask_token.dtype))
+
+    @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         class_labels: torch.Tensor,
         reference_latents: torch.Tensor | None = None,
         return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        cache: list[KeyValueCache] | None = None,
     ) -> ARConditionEncoderOutput | tuple[torch.Tensor, torch.Tensor]:
         """Encode labels `(B,)` int64 and scaled latents `(B, n, C, s, s)` of n < N earlier images, or None.
 
+        `attention_kwargs` `{"scale": s}` weighs the active LoRA adapters by s in this call.
+
         Returns `condition` and `features`, `(B, (n + 1) * S / N, D)` each. With block-causal attention the first
-        groups of a longer sequence are those of a shorter one.
+        groups of a longer sequence are those of a shorter one, so a sequence can be encoded group by group: pass
+        the same `cache` (from `new_cache`) to every call, first without references, then with the images not yet
+        seen; each call returns the new groups alone.
 
         Raises:
-            ValueError: `reference_latents` has another shape, or too many images.
+            ValueError: `reference_latents` has another shape, or too many images, or there is nothing to encode.
         """
         if class_labels.ndim != 1:
             raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}; expected one label a sample, (B,)")
-        batch_size, num_class_tokens = class_labels.shape[0], self.config.num_class_tokens
-
-        class_token = self.class_embedding(class_labels).unsqueeze(1)
-        tokens = [
-            class_token.expand(-1, num_class_tokens, -1),
-            self.mask_token.expand(batch_size, self.tokens_per_image, -1).to(class_token.dtype),
-        ]
+        num_class_tokens, past = self.config.num_class_tokens, cache[0].length if cache else 0
+        tokens = [] if past else [self._embed_labels(class_labels)]
         if reference_latents is not None:
-            self._check_references(class_labels, reference_latents)
-            patches = pack_latents(reference_latents.flatten(0, 1), self.config.patch_size)
-            patches = patches.reshape(batch_size, -1, patches.shape[-1])
-            tokens.append(self.reference_projection(patches.to(class_token.dtype)))
+            num_seen = max((past - num_class_tokens) // self.tokens_per_image - 1, 0)
+            self._check_references(class_labels, reference_latents, num_seen)
+            tokens.append(self._embed_references(reference_latents))
+        if not tokens:
+            raise ValueError("the cache has seen the labels already; pass reference_latents, or a new cache")
         hidden_states = torch.cat(tokens, dim=1)
 
-        length = hidden_states.shape[1]
-        mask = None if self.attention_mask is None else self.attention_mask[None, None, :length, :length]
-        hidden_states = self.input_norm(hidden_states + self.position_embedding[:, :length])
-        for block in self.transformer_blocks:
+        length = past + hidden_states.shape[1]
+        mask = self._attention_mask(past, length)
+        hidden_states = self.input_norm(hidden_states + self.position_embedding[:, past:length])
+        for i, block in enumerate(self.transformer_blocks):
+            layer_cache = cache[i] if cache else None
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, mask)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, mask, layer_cache)
             else:
-                hidden_states = block(hidden_states, mask)
+                hidden_states = block(hidden_states, mask, layer_cache)
 
-        features = self.norm_out(hidden_states[:, num_class_tokens:])
-        condition = features + self.condition_position_embedding[:, : features.shape[1]]
+        first = max(past - num_class_tokens, 0)
+        features = self.norm_out(hidden_states[:, max(num_class_tokens - past, 0) :])
+        condition = features + self.condition_position_embedding[:, first : first + features.shape[1]]
         if not return_dict:
             return condition, features
         return ARConditionEncoderOutput(condition=condition, features=features)
+
+    def _attention_mask(self, past: int, length: int) -> torch.Tensor | None:
+        """Where tokens `past`..`length` may look; None, everywhere, for a single group after a cached past."""
+        if self.attention_mask is None or (past and length - past == self.tokens_per_image):
+            return None
+        return self.attention_mask[None, None, past:length, :length]

@@ -11,6 +11,8 @@ from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
+from .key_value_cache import KeyValue, KeyValueCache
+
 
 LAYER_NORM_EPS = 1e-6
 
@@ -25,12 +27,14 @@ class TransDiffAttnProcessor:
         self,
         attn: "TransDiffAttention",
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | KeyValue | None = None,
         attention_mask: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        query, key, value = (
-            states.unflatten(-1, (-1, attn.head_dim)) for states in attn.project(hidden_states, encoder_hidden_states)
-        )
+        query, key, value = attn.project(hidden_states, encoder_hidden_states)
+        if cache is not None:
+            key, value = cache.extend(key, value)
+        query, key, value = (states.unflatten(-1, (-1, attn.head_dim)) for states in (query, key, value))
         hidden_states = dispatch_attention_fn(
             query,
             key,
@@ -87,27 +91,39 @@ class TransDiffAttention(nn.Module, AttentionModuleMixin):
         self.processor: Callable[..., torch.Tensor] = TransDiffAttnProcessor()
 
     def project(
-        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | KeyValue | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries `(B, S, D)`, keys and values `(B, T, D)`, from fused projections where they were fused."""
-        source = encoder_hidden_states if self.is_cross_attention else hidden_states
-        if not self.fused_projections:
-            return self.to_q(hidden_states), self.to_k(source), self.to_v(source)
+        if isinstance(encoder_hidden_states, tuple):
+            return self.to_q(hidden_states), *encoder_hidden_states
         if self.is_cross_attention:
-            return self.to_q(hidden_states), *self.to_kv(source).chunk(2, dim=-1)
-        return self.to_qkv(hidden_states).chunk(3, dim=-1)
+            return self.to_q(hidden_states), *self.project_key_value(encoder_hidden_states)
+        if self.fused_projections:
+            return self.to_qkv(hidden_states).chunk(3, dim=-1)
+        return self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+
+    def project_key_value(self, encoder_hidden_states: torch.Tensor) -> KeyValue:
+        """Keys and values `(B, T, D)` of the tokens that a cross-attention attends to."""
+        if self.fused_projections:
+            key, value = self.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+            return key, value
+        return self.to_k(encoder_hidden_states), self.to_v(encoder_hidden_states)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | KeyValue | None = None,
         attention_mask: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         """Attend from `(B, S, D)` to `encoder_hidden_states` `(B, T, ·)`, or to itself.
 
-        `attention_mask` is boolean, broadcastable to `(B, H, S, T)`, True where a query may look.
+        Args:
+            encoder_hidden_states: the tokens attended to, or their keys and values from `project_key_value`.
+            attention_mask: boolean, broadcastable to `(B, H, S, T)`, True where a query may look.
+            cache: keys and values of tokens before these, which self-attention sees too; extended by these.
         """
-        return self.processor(self, hidden_states, encoder_hidden_states, attention_mask)
+        return self.processor(self, hidden_states, encoder_hidden_states, attention_mask, cache)
 
 
 def feed_forward(dim: int, mlp_ratio: float, dropout: float) -> FeedForward:

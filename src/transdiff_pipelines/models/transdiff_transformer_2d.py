@@ -4,6 +4,8 @@ Shapes: B batch, C latent channels, s latent side, P patch size, T = (s / P)² l
 D width.
 """
 
+from typing import Any
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
@@ -12,10 +14,12 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..latents import pack_latents, unpack_latents
 from .attention import LAYER_NORM_EPS, TransDiffAttention, feed_forward, initialize_linear_and_norm_weights
+from .key_value_cache import KeyValue
 
 
 TIMESTEP_CHANNELS = 256
@@ -39,9 +43,9 @@ class TransDiffTransformerBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, dim))
 
     def forward(
-        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, modulation: torch.Tensor
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | KeyValue, modulation: torch.Tensor
     ) -> torch.Tensor:
-        """`hidden_states` `(B, T, D)`, `encoder_hidden_states` `(B, M, D)`, `modulation` `(B or 1, 6, D)`."""
+        """`hidden_states` `(B, T, D)`, condition `(B, M, D)` or its keys and values, `modulation` `(B or 1, 6, D)`."""
         vectors = (self.scale_shift_table + modulation).to(hidden_states.dtype)
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = vectors.chunk(6, dim=1)
 
@@ -125,18 +129,28 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         modulation = self.time_modulation(nn.functional.silu(embedding))
         return embedding, modulation.unflatten(-1, (6, -1))
 
+    @apply_forward_hook
+    def project_condition(self, encoder_hidden_states: torch.Tensor) -> list[KeyValue]:
+        """Cross-attention keys and values of every block, `(B, M, D)` each, of condition tokens `(B, M, ·)`.
+
+        They depend on the condition alone: computed once, they serve every denoising step in place of the tokens.
+        """
+        condition = self.condition_projection(encoder_hidden_states)
+        return [block.attn2.project_key_value(condition) for block in self.transformer_blocks]
+
     def forward(
         self,
         hidden_states: torch.Tensor,
         timestep: torch.Tensor | float | int,
-        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | list[KeyValue],
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Velocity `(B, C, s, s)` of the noisy latents `hidden_states` `(B, C, s, s)`.
 
         Args:
             timestep: 1000 t in [0, 1000], `(B,)`, or one value for the batch; fractions are meaningful.
-            encoder_hidden_states: condition tokens `(B, M, cross_attention_dim)`, any number of them.
+            encoder_hidden_states: condition tokens `(B, M, cross_attention_dim)`, any number of them, or what
+                `project_condition` made of them.
 
         Raises:
             ValueError: `hidden_states` is not of the latent size and channel count of the config.
@@ -148,10 +162,13 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         timestep = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1)
 
         tokens = self.proj_in(pack_latents(hidden_states, self.config.patch_size)) + self.position_embedding
-        condition = self.condition_projection(encoder_hidden_states)
+        if isinstance(encoder_hidden_states, torch.Tensor):
+            conditions = [self.condition_projection(encoder_hidden_states)] * len(self.transformer_blocks)
+        else:
+            conditions = encoder_hidden_states
         # One timestep for the whole batch stays one row: its modulation is computed once and broadcast.
         time_embedding, modulation = self.embed_time(timestep, tokens.dtype)
-        for block in self.transformer_blocks:
+        for block, condition in zip(self.transformer_blocks, conditions, strict=True):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, condition, modulation)
             else:
