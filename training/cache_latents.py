@@ -29,6 +29,7 @@ from tqdm import tqdm
 from .config import ConfigError, DataConfig, config_or_exit
 from .latent_cache import FORMAT, CacheError, LatentCache, check_settings, module_fingerprint, write_json
 
+
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -138,7 +139,7 @@ class ShardWriter:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Images `(n, c, H, W)` to moments `(n, V, 2 C, s, s)`: mean and std of the image and perhaps of its mirror."""
+        """Images `(n, c, H, W)` to moments `(n, V, 2 C, s, s)`: mean and std of the image, perhaps of its mirror."""
         views = [pixels, pixels.flip(-1)] if self.data.mirror else [pixels]
         posteriors = [self.vae.encode(view.to(self.device)).latent_dist for view in views]
         moments = torch.stack([torch.cat([posterior.mean, posterior.std], dim=1) for posterior in posteriors], dim=1)

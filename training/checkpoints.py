@@ -26,9 +26,18 @@ class CheckpointError(ValueError):
 
 # Settings that may change when a run goes on; any other difference would make it a different run.
 FREE_ON_RESUME = (
-    "output", "resume", "log_every", "checkpoints.", "preview.", "schedule.", "sampling.", "data.workers", "data.images",
-    "data.encode_batch_size", "optimizer.max_bad_steps",
-)  # fmt: skip
+    "output",
+    "resume",
+    "log_every",
+    "checkpoints.",
+    "preview.",
+    "schedule.",
+    "sampling.",
+    "data.workers",
+    "data.images",
+    "data.encode_batch_size",
+    "optimizer.max_bad_steps",
+)
 
 
 def checkpoint_folders(output: Path) -> list[Path]:

@@ -11,11 +11,13 @@ import dataclasses
 import difflib
 import sys
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Sequence, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
 
 LATENT_PARTS = ("condition_encoder", "transformer")
 
@@ -24,7 +26,7 @@ class ConfigError(ValueError):
     """A key that does not exist, or a value that cannot be right."""
 
 
-def option(default: Any, help: str) -> Any:  # noqa: A002 - the word users look for
+def option(default: Any, help: str) -> Any:
     """A dataclass field with a one-line explanation; lists get a fresh copy per instance."""
     metadata = {"help": help}
     if isinstance(default, list):

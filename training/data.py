@@ -1,8 +1,8 @@
-"""Training batches from a latent cache: MRAR groups on the fly, every random draw keyed, so that runs are reproducible.
+"""Training batches from a latent cache: MRAR groups on the fly, and every random draw keyed.
 
 Training reads one endless stream of groups, epoch after epoch. Position q of the stream is slot `q % groups` of epoch
-`q // groups`; batch k of a run with global batch size G holds positions kG .. (k + 1)G - 1, split over the processes in
-order. So the position in the data *is* the step, a batch may run over the end of an epoch, and nothing is left out.
+`q // groups`; batch k of a run with global batch size G holds positions kG .. (k + 1)G - 1, split over the processes
+in order. So the position in the data *is* the step, a batch may run over the end of an epoch, and nothing is left out.
 
 Every draw of a group (posterior sample, mirror, timesteps, noise, label drop) comes from a generator keyed on (seed,
 epoch, slot). One process and two therefore see the same numbers, and so does a run that was resumed.
@@ -13,7 +13,6 @@ Shapes: B groups, N images per group, m the diffusion batch multiplier, C channe
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .latent_cache import LatentCache
 from .loss import drop_labels, logit_normal_timesteps
+
 
 Batch = dict[str, Tensor]
 
@@ -35,7 +35,7 @@ def keyed_generator(*key: int) -> torch.Generator:
 def draw_groups(
     labels: np.ndarray, group_size: int, seed: int, epoch: int, num_groups: int | None = None
 ) -> np.ndarray:
-    """Groups of `group_size` different images of one class, in random order: the epoch's `(groups, group_size)` indices.
+    """Groups of `group_size` different images of one class, shuffled: an epoch's `(groups, group_size)` indices.
 
     Each image is used once, except that a class's last group, where images are left over, is filled up with images of
     the class already used in this epoch, and that a class with fewer than `group_size` images repeats them within its
@@ -64,7 +64,8 @@ def count_groups(labels: np.ndarray, group_size: int) -> int:
 class GroupBatches(Dataset[Batch]):
     """Item k is this process's part of batch k of the stream, ready for `velocity_loss`:
 
-    `latents (B, N, C, s, s)` scaled, `labels (B,)` with drops applied, `timesteps (N, B * m)`, `noise (N, B * m, C, s, s)`.
+    `latents (B, N, C, s, s)` scaled, `labels (B,)` with drops applied, `timesteps (N, B * m)` and
+    `noise (N, B * m, C, s, s)`.
 
     Args:
         cache: the latents.
@@ -98,10 +99,14 @@ class GroupBatches(Dataset[Batch]):
         self.groups_per_epoch = groups_per_epoch or count_groups(cache.labels, group_size)
         self.rank = rank
         self.global_batch_size = batch_size * world_size
-        self._epoch_groups = lru_cache(maxsize=2)(self._draw_epoch)
+        self._groups: dict[int, np.ndarray] = {}
 
-    def _draw_epoch(self, epoch: int) -> np.ndarray:
-        return draw_groups(self.cache.labels, self.group_size, self.seed, epoch, self.groups_per_epoch)
+    def epoch_groups(self, epoch: int) -> np.ndarray:
+        """The groups of an epoch; those of the epoch before stay, for a batch that lies across the border."""
+        if epoch not in self._groups:
+            groups = draw_groups(self.cache.labels, self.group_size, self.seed, epoch, self.groups_per_epoch)
+            self._groups = {key: value for key, value in self._groups.items() if key == epoch - 1} | {epoch: groups}
+        return self._groups[epoch]
 
     def __getitem__(self, index: int) -> Batch:
         first = index * self.global_batch_size + self.rank * self.batch_size
@@ -116,7 +121,7 @@ class GroupBatches(Dataset[Batch]):
 
     def draw(self, epoch: int, slot: int) -> dict[str, Tensor]:
         """Everything random about one group: a function of (seed, epoch, slot) alone."""
-        images = self._epoch_groups(epoch)[slot]
+        images = self.epoch_groups(epoch)[slot]
         generator = keyed_generator(self.seed, epoch, slot)
         shape, mul, count = self.cache.latent_shape, self.diffusion_batch_mul, self.group_size
         uniform = torch.rand(count + 1, generator=generator)
@@ -125,7 +130,7 @@ class GroupBatches(Dataset[Batch]):
         normal = torch.randn(count * (mul + latent_size * (mul + 1)), generator=generator)
         time, posterior, noise = normal.split([count * mul, count * latent_size, count * mul * latent_size])
         views = (uniform[1:] * self.cache.num_views).long().tolist()
-        moments = [self.cache.moments(image, view) for image, view in zip(images.tolist(), views)]
+        moments = [self.cache.moments(image, view) for image, view in zip(images.tolist(), views, strict=True)]
         return {
             "label": torch.tensor(int(self.cache.labels[images[0]])),
             "drop": uniform[0],

@@ -2,9 +2,9 @@
 
 A cache is a folder of
 
-    settings.json           everything the moments depend on; a folder made with other settings is refused
-    moments-00000.safetensors ...    mean, std (n, V, C, s, s) unscaled, and labels (n,); V = 2 views with a mirror, else 1
-    index.json              written last: the settings, the shards and their counts, skipped images, latent std
+    settings.json               everything the moments depend on; a folder made with other settings is refused
+    moments-00000.safetensors   mean and std (n, V, C, s, s) unscaled, labels (n,); V = 2 views with a mirror, else 1
+    index.json                  written last: the settings, the shards and their counts, skipped images, latent std
 
 Shards are memory mapped, so a cache larger than memory trains as well.
 """
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
 
 FORMAT = 1
 
@@ -58,9 +59,8 @@ class LatentCache:
         self.scaling_factor: float = self.settings["scaling_factor"]
         self.vae_fingerprint: str = self.settings["vae_fingerprint"]
         self.shards = [load_file(self.folder / shard["file"]) for shard in index["shards"]]
-        counts = [len(shard["labels"]) for shard in self.shards]
+        self._ends = np.cumsum([len(shard["labels"]) for shard in self.shards])
         self.labels: np.ndarray = torch.cat([shard["labels"] for shard in self.shards]).numpy()
-        self._place = [(shard, row) for shard, count in enumerate(counts) for row in range(count)]
         self.num_views: int = self.shards[0]["mean"].shape[1]
         self.latent_shape: tuple[int, int, int] = tuple(self.shards[0]["mean"].shape[2:])  # type: ignore[assignment]
 
@@ -73,8 +73,14 @@ class LatentCache:
 
     def moments(self, image: int, view: int) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation `(C, s, s)` of an image's posterior, float32, unscaled; view 1 is the mirror."""
-        shard, row = self._place[image]
-        return self.shards[shard]["mean"][row, view].float(), self.shards[shard]["std"][row, view].float()
+        number = int(np.searchsorted(self._ends, image, side="right"))
+        shard = self.shards[number]
+        row = image - int(self._ends[number])  # counted from the shard's end
+        return shard["mean"][row, view].float(), shard["std"][row, view].float()
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        """A worker process maps the files again instead of receiving their contents."""
+        return LatentCache, (self.folder,)
 
     def check(self, **expected: Any) -> None:
         """Refuse a cache whose settings differ from `expected`.

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+
 NUM_TRAIN_TIMESTEPS = 1000
 
 

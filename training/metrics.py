@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+
 from transdiff_pipelines import TransDiffPipeline
 
 from .config import PreviewConfig

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+
 from transdiff_pipelines import (
     ARConditionEncoder,
     FlowMatchEulerMaruyamaScheduler,

@@ -133,8 +133,8 @@ class Trainer:
         return (
             f"data: {len(self.cache)} images of {self.cache.num_classes} classes; an epoch is "
             f"{self.batches.groups_per_epoch} groups of {self.batches.group_size} image(s), "
-            f"{self.steps_per_epoch:.1f} steps of {self.groups_per_step} groups; {self.rate.total_steps} steps in all, "
-            f"learning rate {self.rate.peak:g} after {self.rate.warmup_steps} warm-up steps"
+            f"{self.steps_per_epoch:.1f} steps of {self.groups_per_step} groups; {self.rate.total_steps} steps in all "
+            f"with learning rate {self.rate.peak:g} after {self.rate.warmup_steps} warm-up steps"
         )
 
     def say(self, *lines: str) -> None:
@@ -178,8 +178,9 @@ class Trainer:
                 bar.update()
                 self._report(window, bar)
                 self._save_when_due()
-        self.accelerator.end_training()
-        return self._finish()
+        final = self._finish()
+        self.accelerator.end_training()  # takes the process group down
+        return final
 
     def train_step(self, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, float]:
         """One optimiser step; returns the losses `(N,)` averaged over the global batch, and the gradient norm."""
@@ -204,26 +205,29 @@ class Trainer:
         return losses, float(grad_norm)
 
     def _update(self, losses: torch.Tensor, grad_norm: float) -> None:
-        """Step the optimiser and the EMA, unless loss or gradient is not finite; fp16's scaler judges gradients itself."""
+        """Step the optimiser and the EMA, unless the loss or the gradient is not finite.
+
+        Under fp16 an overflowing gradient is normal: the scaler skips that step itself and lowers its scale. Only
+        when the scale has fallen below 1 does an overflow count as a bad step.
+        """
         scaler = self.accelerator.scaler
-        good = bool(losses.isfinite().all()) and (scaler is not None or math.isfinite(grad_norm))
+        judged_by_scaler = scaler is not None and scaler.get_scale() >= 1
+        good = bool(losses.isfinite().all()) and (judged_by_scaler or math.isfinite(grad_norm))
         if good or scaler is not None:
             self.optimizer.step()
-            good = good and not self.accelerator.optimizer_step_was_skipped
-        self.optimizer.zero_grad()
-        if good:
+        if good and not self.accelerator.optimizer_step_was_skipped:
             self.ema.update()
+        self.optimizer.zero_grad()
         self.step += 1
-        lost = not bool(losses.isfinite().all()) or (scaler is None and not good)
-        self.bad_in_a_row = self.bad_in_a_row + 1 if lost else 0
-        self.skipped += lost
-        if lost:
-            self.say(f"step {self.step}: loss or gradient is not finite, step skipped ({self.skipped} so far)")
+        self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
+        if good:
+            return
+        self.skipped += 1
+        self.say(f"step {self.step}: loss or gradient is not finite, step skipped ({self.skipped} so far)")
         if self.bad_in_a_row >= self.config.optimizer.max_bad_steps:
-            saved = self.save()
             raise TrainingStopped(
-                f"{self.bad_in_a_row} steps in a row had a loss or gradient that is not finite; state saved in {saved}. "
-                "Lower optimizer.learning_rate, or use mixed_precision bf16 or no, and continue with --resume"
+                f"{self.bad_in_a_row} steps in a row had a loss or gradient that is not finite; state saved in "
+                f"{self.save()}. Lower optimizer.learning_rate, or set mixed_precision to bf16 or no, and run again"
             )
 
     # --- reports, checkpoints ---
@@ -316,7 +320,7 @@ class Window:
         self.grad_norms.append(grad_norm)
 
     def summary(self) -> dict[str, float]:
-        """Means since the last call: loss, the loss of each image position if there are several, gradient norm, speed."""
+        """Means since the last call: loss (also of each image position of several), gradient norm, speed."""
         means = torch.stack(self.losses).mean(0)
         values = {"loss": means.mean().item()}
         if len(means) > 1:

@@ -1,0 +1,130 @@
+"""The latent cache: contents, continuing after a kill, refusing what was made otherwise."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from training.cache_latents import cache_latents, center_crop, list_images, read_image, report
+from training.config import DataConfig
+from training.latent_cache import CacheError, LatentCache, module_fingerprint
+
+
+@pytest.fixture
+def own(data_config: DataConfig, cache: LatentCache, tmp_path: Path) -> DataConfig:
+    """A data section with a private copy of images and finished cache, free to be damaged."""
+    shutil.copytree(str(data_config.images), tmp_path / "images")
+    shutil.copytree(cache.folder, tmp_path / "cache")
+    return dataclasses.replace(data_config, images=str(tmp_path / "images"), cache=str(tmp_path / "cache"))
+
+
+def test_classes_are_in_natural_order_and_every_image_has_its_class(cache: LatentCache) -> None:
+    assert cache.classes == ["1", "2", "10"]
+    assert cache.labels.tolist() == [0] * 5 + [1] * 9 + [2] * 3
+    assert cache.latent_shape == (4, 4, 4)
+
+
+def test_moments_are_those_of_the_image_and_of_its_mirror(cache: LatentCache, data_config: DataConfig) -> None:
+    vae = AutoencoderKL.from_pretrained(data_config.vae).eval()
+    path, _ = list_images(str(data_config.images)).files[8]  # in the second shard
+    pixels = read_image(path, 16, 1)
+    for view, tensor in enumerate([pixels, pixels.flip(-1)]):
+        with torch.no_grad():
+            posterior = vae.encode(tensor[None]).latent_dist
+        mean, std = cache.moments(8, view)
+        torch.testing.assert_close(mean, posterior.mean[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(std, posterior.std[0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_reported_std_is_that_of_posterior_samples(cache: LatentCache) -> None:
+    mean = torch.cat([shard["mean"] for shard in cache.shards])
+    std = torch.cat([shard["std"] for shard in cache.shards])
+    samples = mean + std * torch.randn(50, *mean.shape, generator=torch.Generator().manual_seed(0))
+    index = json.loads((cache.folder / "index.json").read_text())
+    assert index["latent_std"] == pytest.approx(samples.std().item(), rel=0.01)
+    assert f"{index['latent_std']:.4f}" in report(cache)
+
+
+def test_without_mirror_there_is_one_view(own: DataConfig, tmp_path: Path) -> None:
+    plain = cache_latents(dataclasses.replace(own, mirror=False, dtype="float16", cache=str(tmp_path / "plain")))
+    mirrored = LatentCache(own.cache)
+    assert plain.num_views == 1
+    torch.testing.assert_close(plain.moments(3, 0)[0], mirrored.moments(3, 0)[0], atol=1e-2, rtol=1e-2)
+
+
+def test_only_missing_shards_are_encoded_again(own: DataConfig) -> None:
+    folder = Path(own.cache)
+    wanted = (folder / "moments-00001.safetensors").read_bytes()
+    (folder / "moments-00001.safetensors").unlink()
+    (folder / "index.json").unlink()
+    (folder / "moments-00001.123.partial").write_bytes(b"half a shard")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("moments-*.safetensors")}
+    with pytest.raises(CacheError, match="unfinished"):
+        LatentCache(folder)
+    assert len(cache_latents(own)) == 17
+    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("moments-*.safetensors")}
+    assert {name: after[name] for name in before} == before
+    assert (folder / "moments-00001.safetensors").read_bytes() == wanted
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image_size": 8}, "image_size is 16 in the cache, 8 now"),
+        ({"mirror": False}, "mirror is True in the cache, False now"),
+        ({"shard_size": 4}, "shard_size is 7 in the cache, 4 now"),
+    ],
+)
+def test_a_cache_made_with_other_settings_is_refused(own: DataConfig, change: dict, words: str) -> None:
+    with pytest.raises(CacheError, match=words):
+        cache_latents(dataclasses.replace(own, **change))
+
+
+def test_a_cache_of_other_images_or_another_vae_is_refused(own: DataConfig, tmp_path: Path) -> None:
+    vae = AutoencoderKL.from_pretrained(own.vae)
+    vae.quant_conv.weight.data += 1e-3
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(CacheError, match="vae_fingerprint"):
+        cache_latents(dataclasses.replace(own, vae=str(tmp_path / "vae")))
+    (Path(str(own.images)) / "2" / "0.png").unlink()
+    with pytest.raises(CacheError, match="images is"):
+        cache_latents(own)
+
+
+def test_the_fingerprint_does_not_depend_on_where_the_vae_lies(own: DataConfig, tmp_path: Path) -> None:
+    vae = AutoencoderKL.from_pretrained(own.vae)
+    vae.save_pretrained(tmp_path / "elsewhere")
+    moved = AutoencoderKL.from_pretrained(tmp_path / "elsewhere")
+    assert module_fingerprint(vae, dict(vae.config)) == module_fingerprint(moved, dict(moved.config))
+
+
+def test_unreadable_images_are_skipped_counted_and_named(own: DataConfig, tmp_path: Path) -> None:
+    bad = Path(str(own.images)) / "2" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    cache = cache_latents(dataclasses.replace(own, cache=str(tmp_path / "fresh")))
+    assert len(cache) == 16
+    assert cache.labels.tolist() == [0] * 5 + [1] * 8 + [2] * 3
+    assert "skipped 1 unreadable image(s): 2/1.png" in report(cache)
+
+
+def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="does not exist"):
+        list_images(tmp_path / "none")
+    with pytest.raises(CacheError, match="no class folders"):
+        list_images(tmp_path)
+    (tmp_path / "cats").mkdir()
+    with pytest.raises(CacheError, match="without images: cats"):
+        list_images(tmp_path)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 16), (33, 70), (5, 9)])
+def test_the_crop_is_square_central_and_of_the_asked_size(size: tuple[int, int]) -> None:
+    image = Image.linear_gradient("L").resize(size)
+    cropped = center_crop(image, 16)
+    assert cropped.size == (16, 16)
+    assert abs(cropped.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)) - 127) < 12

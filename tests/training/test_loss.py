@@ -1,0 +1,115 @@
+"""Laws of the velocity loss. Its values against the released implementation are in tests/test_golden.py."""
+
+import pytest
+import torch
+
+from training.loss import drop_labels, logit_normal_timesteps, prefix_losses, tile, truncate_timesteps, velocity_loss
+from transdiff_pipelines import ARConditionEncoder, TransDiffTransformer2DModel
+
+
+def networks(patch_size: int) -> tuple[ARConditionEncoder, TransDiffTransformer2DModel]:
+    torch.manual_seed(0)
+    shared = {"sample_size": 4, "in_channels": 2, "num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1}
+    encoder = ARConditionEncoder(num_classes=3, patch_size=patch_size, num_class_tokens=2, **shared)
+    decoder = TransDiffTransformer2DModel(cross_attention_dim=8, **shared)
+    # the last linear starts at zero: without this the velocity would not depend on anything
+    torch.nn.init.normal_(decoder.proj_out.weight, std=0.5)
+    return encoder.eval(), decoder.eval()
+
+
+def inputs(num_images: int, batch: int = 3, times: int = 2) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "latents": torch.randn(batch, num_images, 2, 4, 4, generator=generator),
+        "labels": torch.tensor([0, 2, 3])[:batch],
+        "timesteps": torch.randint(0, 1000, (num_images, batch * times), generator=generator),
+        "noise": torch.randn(num_images, batch * times, 2, 4, 4, generator=generator),
+    }
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+@torch.no_grad()
+def test_m_tiles_are_the_mean_of_m_single_losses(patch_size: int) -> None:
+    models, batch = networks(patch_size), inputs(patch_size**2)
+    singles = [
+        velocity_loss(*models, batch["latents"], batch["labels"], batch["timesteps"][:, part], batch["noise"][:, part])
+        for part in (slice(0, 3), slice(3, 6))
+    ]
+    torch.testing.assert_close(velocity_loss(*models, **batch), torch.stack(singles).mean())
+
+
+@torch.no_grad()
+def test_later_images_do_not_change_the_losses_of_earlier_ones() -> None:
+    models, batch = networks(2), inputs(4)
+    before = prefix_losses(*models, **batch)
+    batch["latents"][:, 2] += 1
+    after = prefix_losses(*models, **batch)
+    torch.testing.assert_close(after[:2], before[:2])
+    assert (after[2:] != before[2:]).all()
+
+
+@torch.no_grad()
+def test_a_reference_changes_the_next_image() -> None:
+    models, batch = networks(2), inputs(4)
+    before = prefix_losses(*models, **batch)
+    batch["latents"][:, 0] += 1
+    assert (prefix_losses(*models, **batch)[1:] != before[1:]).all()
+
+
+@torch.no_grad()
+def test_the_loss_is_the_squared_distance_to_noise_minus_image() -> None:
+    """A decoder that answers zero, as a fresh one does, leaves the mean square of the target."""
+    encoder, decoder = networks(1)
+    torch.nn.init.zeros_(decoder.proj_out.weight)
+    batch = inputs(1)
+    target = batch["noise"][0] - tile(batch["latents"][:, 0], 2)
+    torch.testing.assert_close(velocity_loss(encoder, decoder, **batch), target.square().mean())
+
+
+@torch.no_grad()
+def test_the_decoder_sees_the_truncated_time_and_its_mixture() -> None:
+    seen = {}
+
+    class Spy(torch.nn.Module):
+        def forward(self, hidden_states, timestep, encoder_hidden_states):
+            seen.update(noisy=hidden_states, timestep=timestep)
+            return decoder(hidden_states, timestep, encoder_hidden_states)
+
+    encoder, decoder = networks(1)
+    batch = inputs(1, times=1)
+    batch["timesteps"] = torch.tensor([[0, 250, 999]])
+    velocity_loss(encoder, Spy(), **batch)
+    clean, noise = batch["latents"][:, 0], batch["noise"][0]
+    sigma = torch.tensor([0, 0.25, 0.999]).view(3, 1, 1, 1)
+    torch.testing.assert_close(seen["noisy"], (1 - sigma) * clean + sigma * noise)
+    assert seen["timestep"].tolist() == [0, 250, 999]
+
+
+def test_every_trained_tensor_gets_a_gradient() -> None:
+    """In a 1-step model the projection alone gets none, which is why training freezes it."""
+    for patch_size, idle in ((1, {"reference_projection.weight", "reference_projection.bias"}), (2, set())):
+        models = networks(patch_size)
+        velocity_loss(*models, **inputs(patch_size**2)).backward()
+        without = {name for model in models for name, value in model.named_parameters() if value.grad is None}
+        assert without == idle
+
+
+def test_times_are_truncated_not_rounded_and_stay_below_1000() -> None:
+    assert truncate_timesteps(torch.tensor([0.0, 0.0019, 0.5, 0.9999, 1.0])).tolist() == [0, 1, 500, 999, 999]
+    assert logit_normal_timesteps(torch.tensor([-100.0, 0.0, 1.0, 100.0])).tolist() == [0, 500, 731, 999]
+
+
+def test_dropped_labels_become_the_null_class() -> None:
+    labels = drop_labels(torch.tensor([0, 1, 2]), torch.tensor([True, False, True]), 10)
+    assert labels.tolist() == [10, 1, 10]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [("timesteps", (1, 6), "timesteps have shape"), ("noise", (4, 3, 2, 4, 4), "noise has shape")],
+)
+def test_shapes_that_do_not_fit_are_errors(name: str, shape: tuple[int, ...], words: str) -> None:
+    batch = inputs(4)
+    batch[name] = torch.zeros(shape, dtype=batch[name].dtype)
+    with pytest.raises(ValueError, match=words):
+        velocity_loss(*networks(2), **batch)

@@ -1,0 +1,267 @@
+"""Whole runs on tiny models: resuming, kills, bad steps, inheritance, two processes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from training.checkpoints import CheckpointError, checkpoint_folders, find_checkpoint
+from training.config import ConfigError, ScheduleConfig, TrainConfig, to_dict
+from training.models import parameter_groups
+from training.train import LearningRate, Trainer, TrainingStopped
+from transdiff_pipelines import TransDiffPipeline
+
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def train(config: TrainConfig) -> Trainer:
+    trainer = Trainer(config)
+    trainer.run()
+    return trainer
+
+
+def losses(output: str | Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_tensors(output: str) -> dict[str, torch.Tensor]:
+    """Raw weights, averaged weights and optimiser moments of the last checkpoint."""
+    state = checkpoint_folders(Path(output))[-1] / "state"
+    optimizer = torch.load(state / "optimizer.bin", weights_only=True)["state"]
+    moments = {f"{key}.{name}": value for key, row in optimizer.items() for name, value in row.items()}
+    ema = {f"ema.{name}": value for name, value in load_file(state / "ema.safetensors").items()}
+    return load_file(state / "model.safetensors") | ema | moments
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_a_resumed_run_is_bit_identical_to_one_that_went_through(make_config, patch_size: int) -> None:
+    options = {
+        "model.patch_size": patch_size,
+        "model.dropout": 0.3,
+        "schedule.steps": 5,
+        "schedule.decay": "cosine",
+        "checkpoints.keep": 3,
+        "optimizer.gradient_accumulation": 2,
+    }
+    whole, killed = make_config("whole", **options), make_config("killed", **options)
+    train(whole)
+    shutil.copytree(whole.output, killed.output)  # as after a kill between steps 4 and 5, with step 2 as the last save
+    for path in (*checkpoint_folders(Path(killed.output))[1:], Path(killed.output) / "pipeline"):
+        shutil.rmtree(path)
+    resumed = Trainer(killed)
+    assert resumed.step == 2
+    resumed.run()
+    assert losses(killed.output) == losses(whole.output)
+    expected, found = final_tensors(whole.output), final_tensors(killed.output)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_finished_pipeline_holds_averaged_weights_and_what_the_run_recommends(make_config) -> None:
+    config = make_config(**{"sampling.guidance_scale": 1.7, "sampling.drift_scale": 0.9, "schedule.steps": 6})
+    trainer = train(config)
+    pipeline = TransDiffPipeline.from_pretrained(Path(config.output) / "pipeline")
+    averaged = load_file(checkpoint_folders(Path(config.output))[-1] / "state" / "ema.safetensors")
+    raw = dict(trainer.module.named_parameters())
+    name = "transformer.proj_out.weight"
+    assert torch.equal(pipeline.transformer.proj_out.weight, averaged[name])
+    assert not torch.equal(averaged[name], raw[name])
+    assert (pipeline.config.guidance_scale, pipeline.scheduler.config.drift_scale) == (1.7, 0.9)
+    assert pipeline.get_label_ids(["10"]) == [2]
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(["10", "2"], num_inference_steps=2).images[0].size == (16, 16)
+
+
+def test_mrar_starts_from_a_one_step_pipeline(make_config, capsys: pytest.CaptureFixture[str]) -> None:
+    first = make_config("first", **{"schedule.steps": 1})
+    one_step = train(first)
+    sizes = dict.fromkeys(one_step.config.model.sizes())
+    settings = {f"model.{name}": None for name in sizes} | {"model.patch_size": 2}
+    second = make_config("second", **settings, **{"model.start_from": f"{first.output}/pipeline"})
+    trainer = Trainer(second)
+    assert trainer.module.condition_encoder.num_images == 4
+    old = TransDiffPipeline.from_pretrained(f"{first.output}/pipeline").transformer.state_dict()
+    assert all(torch.equal(old[name], value) for name, value in trainer.module.transformer.state_dict().items())
+    output = capsys.readouterr().out
+    assert "resized  mask_token" in output
+    assert "frozen: condition_encoder.reference_projection" in output  # said by the 1-step run
+    trainer.run()
+    assert all("loss_image_3" in line for line in (Path(second.output) / "metrics.jsonl").read_text().splitlines())
+    with pytest.raises(ConfigError, match="encoder_layers 7"):
+        Trainer(
+            make_config(
+                "third", **settings | {"model.encoder_layers": 7, "model.start_from": f"{first.output}/pipeline"}
+            )
+        )
+
+
+def test_frozen_networks_stay_as_they_were(make_config) -> None:
+    config = make_config(**{"model.frozen": ["condition_encoder"], "schedule.steps": 2})
+    trainer = Trainer(config)
+    before = {name: value.clone() for name, value in trainer.module.state_dict().items()}
+    trainer.run()
+    changed = {
+        name.split(".")[0] for name, value in trainer.module.state_dict().items() if not value.equal(before[name])
+    }
+    assert changed == {"transformer"}
+
+
+def test_weight_decay_spares_vectors_and_the_decoder(make_config) -> None:
+    module = Trainer(make_config()).module
+    decayed, plain = parameter_groups(module, 0.02)
+    names = {id(value): name for name, value in module.named_parameters()}
+    decayed_names = {names[id(value)] for value in decayed["params"]}
+    assert all(name.startswith("condition_encoder.") for name in decayed_names)
+    assert all(value.ndim > 1 for value in decayed["params"])
+    assert {"condition_encoder.class_embedding.weight", "condition_encoder.mask_token"} < decayed_names
+    trained = sum(value.requires_grad for value in module.parameters())
+    assert len(decayed["params"]) + len(plain["params"]) == trained
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.02, 0.0)
+
+
+def test_the_learning_rate_warms_up_then_stays_or_falls() -> None:
+    constant = LearningRate(2.0, ScheduleConfig(epochs=4, warmup_epochs=1), steps_per_epoch=10)
+    assert (constant.total_steps, constant.warmup_steps) == (40, 10)
+    assert [constant.at(step) for step in (0, 4, 9, 10, 39)] == pytest.approx([0.2, 1.0, 2.0, 2.0, 2.0])
+    cosine = LearningRate(2.0, ScheduleConfig(steps=20, decay="cosine"), steps_per_epoch=10)
+    assert [cosine.at(step) for step in (0, 10, 20)] == pytest.approx([2.0, 1.0, 0.0])
+
+
+# --- resuming and kills ---
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_the_previous_checkpoint(make_config, monkeypatch) -> None:
+    config = make_config(**{"schedule.steps": 4})
+    trainer = Trainer(config)
+    save_main = trainer._save_main
+
+    def die_late(folder: Path) -> None:
+        save_main(folder)
+        if trainer.step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_save_main", die_late)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert [path.name for path in checkpoint_folders(Path(config.output))] == ["step-00000002"]
+    again = Trainer(config)
+    assert again.step == 2
+    again.run()
+    assert [path.name for path in checkpoint_folders(Path(config.output))] == ["step-00000002", "step-00000004"]
+    leftovers = list(Path(config.output).rglob("*partial*"))
+    assert leftovers == []
+
+
+def test_the_last_k_checkpoints_are_kept(make_config) -> None:
+    config = make_config(**{"schedule.steps": 5, "checkpoints.every": 1, "checkpoints.keep": 2})
+    train(config)
+    assert [path.name for path in checkpoint_folders(Path(config.output))] == ["step-00000004", "step-00000005"]
+
+
+def test_what_resume_means(make_config, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    assert find_checkpoint(empty, "auto") is None
+    assert find_checkpoint(empty, "never") is None
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        find_checkpoint(empty, "latest")
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        find_checkpoint(empty, str(tmp_path / "step-00000007"))
+    config = make_config(**{"schedule.steps": 2})
+    train(config)
+    only = checkpoint_folders(Path(config.output))[0]
+    for resume in ("auto", "latest", str(only)):
+        assert find_checkpoint(Path(config.output), resume) == only
+    with pytest.raises(CheckpointError, match="already has checkpoints"):
+        find_checkpoint(Path(config.output), "never")
+
+
+def test_a_run_does_not_continue_with_other_settings_but_may_be_prolonged(make_config) -> None:
+    train(make_config(**{"schedule.steps": 2}))
+    with pytest.raises(CheckpointError, match=r"optimizer.learning_rate was 0.01, now 0.5"):
+        Trainer(make_config(**{"schedule.steps": 2, "optimizer.learning_rate": 0.5}))
+    assert Trainer(make_config(**{"schedule.steps": 9})).rate.total_steps == 9
+
+
+# --- bad steps ---
+
+
+def spoil(trainer: Trainer, steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the latents of the batches of these steps infinite."""
+    draw = type(trainer.batches).__getitem__
+
+    def spoiled(self, index: int) -> dict[str, torch.Tensor]:
+        batch = draw(self, index)
+        return batch | {"latents": batch["latents"] * (float("inf") if index in steps else 1)}
+
+    monkeypatch.setattr(type(trainer.batches), "__getitem__", spoiled)
+
+
+def test_a_bad_step_changes_nothing_but_the_count(make_config, monkeypatch) -> None:
+    config = make_config(**{"schedule.steps": 4, "checkpoints.every": 1, "checkpoints.keep": 9})
+    trainer = Trainer(config)
+    spoil(trainer, {2}, monkeypatch)
+    trainer.run()
+    folders = checkpoint_folders(Path(config.output))
+    weights = [load_file(folder / "state" / "model.safetensors")["transformer.proj_in.weight"] for folder in folders]
+    assert torch.equal(weights[1], weights[2])
+    assert not torch.equal(weights[2], weights[3])
+    assert weights[3].isfinite().all()
+    assert json.loads((folders[-1] / "progress.json").read_text())["skipped"] == 1
+
+
+def test_several_bad_steps_in_a_row_stop_the_run_with_a_checkpoint(make_config, monkeypatch) -> None:
+    config = make_config(**{"schedule.steps": 9, "checkpoints.every": 100, "optimizer.max_bad_steps": 2})
+    trainer = Trainer(config)
+    spoil(trainer, {1, 3, 4, 5}, monkeypatch)
+    with pytest.raises(TrainingStopped, match="2 steps in a row"):
+        trainer.run()
+    (saved,) = checkpoint_folders(Path(config.output))
+    assert saved.name == "step-00000005"
+
+
+# --- reports ---
+
+
+def test_previews_are_made_from_the_same_noise_and_leave_training_alone(make_config) -> None:
+    preview = {"every": 2, "labels": [0, 2], "rows": 1, "num_inference_steps": 2}
+    quiet, shown = make_config("quiet"), make_config("shown", preview=preview)
+    train(quiet)
+    train(shown)
+    assert losses(quiet.output) == losses(shown.output)
+    names = {path.name for path in (Path(shown.output) / "previews").iterdir()}
+    assert names == {"step-00000002.png", "step-00000004.png"}
+    assert (Path(shown.output) / "loss.png").exists()
+
+
+def test_preview_labels_outside_the_classes_are_an_error(make_config) -> None:
+    with pytest.raises(ConfigError, match=r"preview.labels \[3\] are outside 0..2"):
+        Trainer(make_config(**{"preview.every": 2, "preview.labels": [0, 3]}))
+
+
+def test_two_processes_give_the_curve_of_one(make_config, tmp_path: Path) -> None:
+    """The same global batch, split over two processes that really communicate."""
+    options = {"model.dropout": 0.0, "model.patch_size": 2, "schedule.steps": 3}
+    train(make_config("one", **options))
+    two = make_config("two", **options, **{"data.batch_size": 2})
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump(to_dict(two)), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(
+        [*command, "-m", "training.train", f"--config={file}"],
+        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(two.output) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
