@@ -14,9 +14,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from transdiff_pipelines import ARConditionEncoder, TransDiffPipeline, TransDiffTransformer2DModel
+from transdiff_pipelines import (
+    ARConditionEncoder,
+    TransDiffPipeline,
+    TransDiffTransformer2DModel,
+    convert_original_checkpoint,
+)
 from transdiff_pipelines.data import imagenet_id2label
-from transdiff_pipelines.loaders import convert_original_checkpoint, download_original, save_converted, single_file
+from transdiff_pipelines.loaders import download_original, save_converted, single_file
 from transdiff_pipelines.loaders.original_checkpoint import DECODER, ENCODER, key_table, match_published, read_configs
 from transdiff_pipelines.presets import ORIGINAL_REPOSITORY, PUBLISHED, PublishedModel
 

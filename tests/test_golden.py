@@ -18,9 +18,8 @@ import torch
 from safetensors import safe_open
 
 from training.loss import truncate_timesteps, velocity_loss
-from transdiff_pipelines import TransDiffPipeline
+from transdiff_pipelines import TransDiffPipeline, convert_original_checkpoint
 from transdiff_pipelines.latents import pack_latents, unpack_latents
-from transdiff_pipelines.loaders import convert_original_checkpoint
 
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"

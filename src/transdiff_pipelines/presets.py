@@ -162,7 +162,7 @@ PUBLISHED: dict[str, PublishedModel] = {
             "transdiff_l_512", SIZES["L"], resolution=512, num_parameters=683_306_000,
             guidance_scale=1.30, drift_scale=0.87, diffusion_scale=0.87,
             fid=2.51, inception_score=286.6,
-            note="Inception Score of the authors' repository; the paper's Table 5 says 276.6 and labels the model MRAR.",
+            note="The authors' repository gives this Inception Score; the paper's Table 5 has 276.6, labelled MRAR.",
         ),
     )
 }
