@@ -205,7 +205,8 @@ def prepare_folder(folder: Path, settings: dict[str, Any]) -> None:
 
 def write_index(writer: ShardWriter, settings: dict[str, Any]) -> None:
     """Write index.json: the last step, which makes the cache a finished one."""
-    shards, skipped = [], []
+    shards: list[dict[str, Any]] = []
+    skipped: list[str] = []
     total = total_square = 0.0
     numbers = 0
     for shard in range(writer.num_shards):

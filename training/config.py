@@ -300,7 +300,7 @@ def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def build(schema: type, tree: Any, path: str = "") -> Any:
+def build(schema: Any, tree: Any, path: str = "") -> Any:
     """Make `schema` from nested dictionaries, checking every name and type."""
     where = f"section {path!r}" if path else "a config"
     require(isinstance(tree, dict), f"{where} must hold keys and values, not {tree!r}")
@@ -377,13 +377,13 @@ def help_text(program: str) -> str:
     return "\n".join(lines + section_help(TrainConfig, ""))
 
 
-def section_help(schema: type, path: str) -> list[str]:
+def section_help(schema: Any, path: str) -> list[str]:
     hints = get_type_hints(schema)
     lines: list[str] = []
     nested: list[str] = []
     for item in dataclasses.fields(schema):
         if dataclasses.is_dataclass(hints[item.name]):
-            nested += ["", f"{item.name}:"] + section_help(hints[item.name], f"{path}{item.name}.")  # type: ignore[arg-type]
+            nested += ["", f"{item.name}:"] + section_help(hints[item.name], f"{path}{item.name}.")
             continue
         default = item.default_factory() if callable(item.default_factory) else item.default
         shown = "required" if default == "" else "null" if default is None else default

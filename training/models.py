@@ -143,7 +143,8 @@ def freeze(built: TrainingModel, model: ModelConfig) -> list[str]:
 
 def parameter_groups(built: TrainingModel, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW groups: no weight decay on 1-D tensors, nor on anything in the diffusion decoder."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in built.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not name.startswith("transformer.")
