@@ -1,3 +1,4 @@
+from .lora import TransDiffLoraLoaderMixin
 from .original_checkpoint import convert_original_checkpoint
 from .original_repository import (
     check_output_folder,
@@ -9,6 +10,7 @@ from .single_file import TransDiffSingleFileMixin
 
 
 __all__ = [
+    "TransDiffLoraLoaderMixin",
     "TransDiffSingleFileMixin",
     "check_output_folder",
     "convert_original_checkpoint",

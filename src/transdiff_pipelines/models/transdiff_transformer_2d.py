@@ -14,6 +14,7 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
@@ -130,7 +131,10 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         return embedding, modulation.unflatten(-1, (6, -1))
 
     @apply_forward_hook
-    def project_condition(self, encoder_hidden_states: torch.Tensor) -> list[KeyValue]:
+    @apply_lora_scale("attention_kwargs")
+    def project_condition(
+        self, encoder_hidden_states: torch.Tensor, attention_kwargs: dict[str, Any] | None = None
+    ) -> list[KeyValue]:
         """Cross-attention keys and values of every block, `(B, M, D)` each, of condition tokens `(B, M, ·)`.
 
         They depend on the condition alone: computed once, they serve every denoising step in place of the tokens.
@@ -138,12 +142,14 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         condition = self.condition_projection(encoder_hidden_states)
         return [block.attn2.project_key_value(condition) for block in self.transformer_blocks]
 
+    @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         hidden_states: torch.Tensor,
         timestep: torch.Tensor | float | int,
         encoder_hidden_states: torch.Tensor | list[KeyValue],
         return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Velocity `(B, C, s, s)` of the noisy latents `hidden_states` `(B, C, s, s)`.
 
@@ -151,6 +157,7 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
             timestep: 1000 t in [0, 1000], `(B,)`, or one value for the batch; fractions are meaningful.
             encoder_hidden_states: condition tokens `(B, M, cross_attention_dim)`, any number of them, or what
                 `project_condition` made of them.
+            attention_kwargs: `{"scale": s}` weighs the active LoRA adapters by s in this call.
 
         Raises:
             ValueError: `hidden_states` is not of the latent size and channel count of the config.
