@@ -86,7 +86,7 @@ def convert_original_checkpoint(
 
     Args:
         checkpoint: a released TransDiff `checkpoint-last.pth`.
-        vae_checkpoint: the released VAE's `checkpoint-last.pth`, a folder with an `AutoencoderKL`, or the model itself,
+        vae_checkpoint: the released VAE's `checkpoint-last.pth`, a folder with an `AutoencoderKL`, or the model,
             which is taken as it is.
         num_attention_heads: heads in both parts, for widths other than those of the published sizes: heads leave no
             trace in the shapes.
