@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
+import textwrap
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -388,5 +389,5 @@ def section_help(schema: Any, path: str) -> list[str]:
         default = item.default_factory() if callable(item.default_factory) else item.default
         shown = "required" if default == "" else "null" if default is None else default
         lines.append(f"  {path}{item.name} = {shown}  ({type_name(hints[item.name])})")
-        lines.append(f"      {item.metadata['help']}")
+        lines += textwrap.wrap(item.metadata["help"], 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return lines + nested
