@@ -82,6 +82,12 @@ def guidance_per_image(guidance_scale: float | Sequence[float], num_images: int)
     return [float(scale) for scale in scales]
 
 
+def check_guidance_interval(interval: tuple[float, float] | None) -> None:
+    """Raise ValueError unless the interval is `(low, high)` with 0 <= low <= high <= 1."""
+    if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
+        raise ValueError(f"guidance_interval is {interval}; expected (low, high) in sigma, 0 <= low <= high <= 1")
+
+
 def check_count(name: str, count: int) -> None:
     """Raise TypeError or ValueError unless `count` is an int of at least 1."""
     if isinstance(count, bool) or not isinstance(count, int):

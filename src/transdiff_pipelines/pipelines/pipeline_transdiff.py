@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -22,16 +23,23 @@ from tqdm.auto import tqdm
 from ..loaders.single_file import TransDiffSingleFileMixin
 from ..models import ARConditionEncoder, TransDiffTransformer2DModel
 from ..models.alignment import align_weights
+from ..models.key_value_cache import KeyValueCache
 from .checks import (
     check_components,
     check_count,
     check_generator,
+    check_guidance_interval,
     check_latents,
     check_output,
     check_scheduler,
     guidance_per_image,
 )
 from .class_labels import ClassLabels, ClassNames, parse_class_labels
+from .sequence_condition import Condition, SequenceCondition, conditional_half
+
+
+# The transformer's timestep for σ = 1, whatever the scheduler.
+NUM_TRAIN_TIMESTEPS = 1000
 
 
 @dataclass
@@ -143,13 +151,17 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
         return [self._class_names.id_of(name) for name in ([label] if isinstance(label, str) else label)]
 
     def encode_condition(
-        self, class_labels: torch.Tensor, reference_latents: torch.Tensor | None = None
+        self,
+        class_labels: torch.Tensor,
+        reference_latents: torch.Tensor | None = None,
+        cache: list[KeyValueCache] | None = None,
     ) -> torch.Tensor:
         """Condition tokens `(B, M, D)` of class ids `(B,)` and scaled latents `(B, n, C, s, s)` of earlier images.
 
-        The id `num_classes` is the null class, the unconditional branch of guidance.
+        The id `num_classes` is the null class, the unconditional branch of guidance. With a `cache` from
+        `condition_encoder.new_cache()` a sequence is encoded group by group, see `ARConditionEncoder.forward`.
         """
-        condition = self.condition_encoder(class_labels, reference_latents, return_dict=False)[0]
+        condition = self.condition_encoder(class_labels, reference_latents, return_dict=False, cache=cache)[0]
         return condition.to(self.transformer.dtype)
 
     def prepare_latents(
@@ -175,17 +187,20 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
         condition: torch.Tensor,
         num_inference_steps: int,
         sigmas: Sequence[float] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         on_step_end: Callable[[int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
     ) -> torch.Tensor:
         """Noise `(B, C, s, s)` to clean latents: one run of the scheduler.
 
         Args:
-            condition: `(B, M, D)`; with guidance `(2 B, M, D)`, unconditional first.
+            condition: `(B, M, D)`, or, for guidance, `(2 B, M, D)` with the unconditional branch first.
             on_step_end: called after each step with its index, its timestep and the tensors of the loop; may
                 return replacements for these.
         """
         timesteps = self._set_timesteps(num_inference_steps, sigmas)
+        guided_steps = self._guided_steps(timesteps, guidance_interval)
+        projected = self._project_condition(condition)
         step_kwargs: dict[str, Any] = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator
@@ -198,35 +213,56 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
                 if self.interrupt:
                     break
                 self._current_timestep = timestep
-                velocity = self._predict_velocity(latents, timestep, condition)
+                velocity = self._predict_velocity(latents, timestep, projected, guided_steps[i])
                 latents = self.scheduler.step(velocity, timestep, latents, **step_kwargs, return_dict=False)[0]
                 if on_step_end is not None:
                     replaced = on_step_end(i, timestep, {"latents": latents, "condition": condition})
                     latents = replaced.get("latents", latents)
-                    condition = replaced.get("condition", condition)
+                    if "condition" in replaced:
+                        condition = replaced["condition"]
+                        projected = self._project_condition(condition)
                 if i == len(timesteps) - 1 or (i + 1 > warmup_steps and (i + 1) % self.scheduler.order == 0):
                     progress.update()
         return latents
 
+    def _project_condition(self, condition: torch.Tensor) -> Condition:
+        """The condition as the transformer's cross-attention wants it: computed once, used at every step.
+
+        Its keys and values, unless diffusers' own caching or group offloading is on: the former may run a part of
+        the batch, the latter has no weights on the device outside the blocks' own calls.
+        """
+        if self.transformer.is_cache_enabled or _is_group_offload_enabled(self.transformer):
+            return condition
+        return self.transformer.project_condition(condition)
+
     def _predict_velocity(
-        self, latents: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor
+        self, latents: torch.Tensor, timestep: torch.Tensor, condition: Condition, guided: bool
     ) -> torch.Tensor:
         """Guided velocity `(B, C, s, s)`, in the dtype of the latents."""
         model_input = latents
         if hasattr(self.scheduler, "scale_model_input"):
             model_input = self.scheduler.scale_model_input(model_input, timestep)
-        if self.do_classifier_free_guidance:
+        if guided:
             model_input = torch.cat([model_input, model_input])
+        else:
+            condition = conditional_half(condition, latents.shape[0])
         velocity = self.transformer(
             hidden_states=model_input.to(self.transformer.dtype),
             timestep=timestep,
             encoder_hidden_states=condition,
             return_dict=False,
         )[0].to(latents.dtype)
-        if self.do_classifier_free_guidance:
+        if guided:
             unconditional, conditional = velocity.chunk(2)
             velocity = unconditional + self.guidance_scale * (conditional - unconditional)
         return velocity
+
+    def _guided_steps(self, timesteps: torch.Tensor, interval: tuple[float, float] | None) -> list[bool]:
+        """Which steps need the unconditional branch: those whose σ lies in the interval, or all, or none."""
+        if not self.do_classifier_free_guidance:
+            return [False] * len(timesteps)
+        low, high = (0.0, 1.0) if interval is None else interval
+        return [low <= timestep / NUM_TRAIN_TIMESTEPS <= high for timestep in timesteps.tolist()]
 
     def _set_timesteps(self, num_inference_steps: int, sigmas: Sequence[float] | None) -> torch.Tensor:
         """Start the scheduler afresh: history and step index of the image before must not leak into this one."""
@@ -263,6 +299,7 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
         num_images_per_label: int = 1,
         return_intermediates: bool = False,
         sigmas: Sequence[float] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> Any:
         """Generate images of the classes asked for.
 
@@ -280,6 +317,7 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
             num_images_per_label: images of each label, next to one another in the result.
             return_intermediates: also return all N images of the MRAR sequence.
             sigmas: a time grid of your own, decreasing in (0, 1], where the scheduler takes one.
+            guidance_interval: `(low, high)` in σ; outside it steps go without guidance and its second branch.
 
         Returns:
             `TransDiffPipelineOutput`, or a tuple of its entries without `return_dict`.
@@ -288,16 +326,21 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
             ValueError, TypeError: an argument is wrong; the message names it and the remedy.
         """
         check_scheduler(self.scheduler)
+        check_guidance_interval(guidance_interval)
         check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         check_count("num_images_per_label", num_images_per_label)
         num_inference_steps = self._check_steps(num_inference_steps, sigmas)
         guidance_scales = self._resolve_guidance(guidance_scale)
         label_ids = parse_class_labels(class_labels, self._class_names, self.condition_encoder.config.num_classes)
-        batch_size = len(label_ids) * num_images_per_label
+        label_ids = [label for label in label_ids for _ in range(num_images_per_label)]
+        batch_size = len(label_ids)
         check_latents(latents, self._latents_shape(batch_size))
         check_generator(generator, batch_size)
 
-        labels = torch.tensor(label_ids, device=self._execution_device).repeat_interleave(num_images_per_label)
+        guided = any(scale != 1.0 for scale in guidance_scales)
+        conditions = SequenceCondition(
+            self.encode_condition, self.condition_encoder, label_ids, guided, self._execution_device
+        )
         # One initial noise for all images of the sequence: only the condition and the steps' noise differ.
         noise = self.prepare_latents(batch_size, generator, latents)
 
@@ -310,8 +353,10 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
         with self._sequence_progress() as progress:
             for ar_step, scale in enumerate(guidance_scales):
                 self._current_ar_step, self._guidance_scale = ar_step, scale
-                condition = self._encode_sequence(labels, sequence)
-                sequence.append(self.denoise(noise, condition, num_inference_steps, sigmas, generator, callback))
+                condition = conditions.extend(sequence[-1] if sequence else None)
+                sequence.append(
+                    self.denoise(noise, condition, num_inference_steps, sigmas, guidance_interval, generator, callback)
+                )
                 progress.update()
                 if self.interrupt:
                     break
@@ -325,17 +370,6 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
         if not return_dict:
             return (images,) if intermediates is None else (images, intermediates)
         return TransDiffPipelineOutput(images=images, intermediates=intermediates)
-
-    def _encode_sequence(self, labels: torch.Tensor, sequence: list[torch.Tensor]) -> torch.Tensor:
-        """Condition of the next image, from the labels and the images made so far; with guidance for both branches.
-
-        The unconditional branch differs in the class alone: it sees the same images.
-        """
-        references = torch.stack(sequence, dim=1) if sequence else None
-        if self.do_classifier_free_guidance:
-            labels = torch.cat([torch.full_like(labels, self.condition_encoder.null_class), labels])
-            references = None if references is None else torch.cat([references, references])
-        return self.encode_condition(labels, references)
 
     def _run_callback(
         self,

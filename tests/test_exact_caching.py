@@ -1,0 +1,144 @@
+"""Work done once instead of often: the same numbers as without, and the work counted."""
+
+from collections import Counter
+
+import pytest
+import torch
+from tiny import CHANNELS, NUM_CLASSES, SIDE, seeded, tiny_encoder, tiny_pipeline, tiny_transformer
+
+
+STEPS = 3
+LABELS = torch.tensor([0, 3])
+
+
+def latents_of(pipe, labels, **kwargs):
+    return pipe(
+        labels, **{"num_inference_steps": STEPS, "generator": seeded(), "output_type": "latent", **kwargs}
+    ).images
+
+
+def reference_sampler(pipe, labels, guidance):
+    """The sampler without any caching: whole prefixes encoded anew, tokens projected at every step."""
+    encoder, transformer, scheduler = pipe.condition_encoder, pipe.transformer, pipe.scheduler
+    generator, labels = seeded(), torch.tensor(labels)
+    noise = torch.randn(len(labels), CHANNELS, SIDE, SIDE, generator=generator)
+    both = torch.cat([torch.full_like(labels, NUM_CLASSES), labels])
+    images: list[torch.Tensor] = []
+    for _ in range(encoder.num_images):
+        references = torch.stack(images, dim=1).repeat(2, 1, 1, 1, 1) if images else None
+        condition = encoder(both, references).condition
+        latents = noise
+        scheduler.set_timesteps(STEPS)
+        for timestep in scheduler.timesteps:
+            velocity = transformer(torch.cat([latents, latents]), timestep.expand(len(both)), condition).sample
+            unconditional, conditional = velocity.chunk(2)
+            velocity = unconditional + guidance * (conditional - unconditional)
+            latents = scheduler.step(velocity, timestep, latents, generator=generator).prev_sample
+        images.append(latents)
+    return images[-1]
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+@torch.no_grad()
+def test_the_pipeline_equals_the_uncached_sampler(patch_size):
+    pipe = tiny_pipeline(patch_size)
+    labels = [0, 3, 0]
+    expected = reference_sampler(pipe, labels, 1.6)
+    result = latents_of(pipe, labels, guidance_scale=1.6)
+    assert (result - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_a_sequence_encoded_group_by_group():
+    encoder = tiny_encoder(2)
+    references = torch.randn(2, 3, CHANNELS, SIDE, SIDE, generator=seeded())
+    whole = encoder(LABELS, references)
+    for cut in (1, 2):
+        cache = encoder.new_cache()
+        parts = [encoder(LABELS, cache=cache)]
+        parts += [encoder(LABELS, images, cache=cache) for images in references.split(cut, dim=1)]
+        for name in ("condition", "features"):
+            joined = torch.cat([part[name] for part in parts], dim=1)
+            torch.testing.assert_close(joined, whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_full_cache_takes_no_more_images():
+    encoder, image = tiny_encoder(2), torch.zeros(2, 1, CHANNELS, SIDE, SIDE)
+    cache = encoder.new_cache()
+    encoder(LABELS, cache=cache)
+    with pytest.raises(ValueError, match="the cache has seen the labels already"):
+        encoder(LABELS, cache=cache)
+    for _ in range(3):
+        encoder(LABELS, image, cache=cache)
+    with pytest.raises(ValueError, match="4 reference images do not fit"):
+        encoder(LABELS, image, cache=cache)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_projected_condition_equals_its_tokens(fused):
+    transformer = tiny_transformer()
+    if fused:
+        transformer.fuse_qkv_projections()
+    latents, tokens = torch.randn(2, CHANNELS, SIDE, SIDE), torch.randn(2, 6, 16)
+    projected = transformer.project_condition(tokens)
+    assert torch.equal(transformer(latents, 300.0, projected).sample, transformer(latents, 300.0, tokens).sample)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_the_work_is_counted(patch_size):
+    """Keys and values once an image and block; one new group an AR step; one row for equal labels; one time row."""
+    pipe = tiny_pipeline(patch_size)
+    calls: Counter[str] = Counter()
+    encoder_rows, encoder_tokens, time_rows = [], [], []
+    for block in pipe.transformer.transformer_blocks:
+        block.attn2.to_k.register_forward_hook(lambda *_: calls.update(["key"]))
+        block.attn2.to_v.register_forward_hook(lambda *_: calls.update(["value"]))
+        block.attn2.to_q.register_forward_hook(lambda *_: calls.update(["query"]))
+    first_block = pipe.condition_encoder.transformer_blocks[0]
+    first_block.register_forward_hook(lambda module, args, output: encoder_rows.append(output.shape[0]))
+    first_block.register_forward_hook(lambda module, args, output: encoder_tokens.append(output.shape[1]))
+    pipe.transformer.time_modulation.register_forward_hook(lambda m, args, output: time_rows.append(output.shape[0]))
+
+    latents_of(pipe, [1, 1, 4], guidance_scale=1.5)
+    num_images, blocks = pipe.condition_encoder.num_images, len(pipe.transformer.transformer_blocks)
+    assert calls["key"] == calls["value"] == num_images * blocks
+    assert calls["query"] == num_images * blocks * STEPS
+    assert time_rows == [1] * num_images * STEPS
+    group = pipe.condition_encoder.tokens_per_image
+    class_tokens = pipe.condition_encoder.config.num_class_tokens
+    assert encoder_tokens == [class_tokens + group] + [group] * (num_images - 1)
+    prefixes = [class_tokens + group * (i + 1) for i in range(num_images)]
+    assert num_images == 1 or sum(encoder_tokens) <= 0.5 * sum(prefixes)
+    # null, 1 and 4 at first; then every image of both branches is different
+    assert encoder_rows == [3] + [6] * (num_images - 1)
+
+
+def test_guidance_interval_skips_the_second_branch():
+    pipe = tiny_pipeline(1)
+    rows = []
+    pipe.transformer.proj_in.register_forward_hook(lambda m, args, output: rows.append(output.shape[0]))
+    latents_of(pipe, [0, 1], guidance_scale=1.5, guidance_interval=(0.3, 0.6))
+    assert rows == [2, 4, 2]  # sigmas 1, 0.52, 0.04
+    rows.clear()
+    everywhere = latents_of(pipe, [0, 1], guidance_scale=1.5, guidance_interval=(0.0, 1.0))
+    assert rows == [4, 4, 4]
+    assert torch.equal(everywhere, latents_of(pipe, [0, 1], guidance_scale=1.5))
+    nowhere = latents_of(pipe, [0, 1], guidance_scale=1.5, guidance_interval=(0.6, 0.7))
+    torch.testing.assert_close(nowhere, latents_of(pipe, [0, 1], guidance_scale=1.0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("interval", [(0.5, 0.2), (-0.1, 0.5), (0.0, 1.1), (0.5,)])
+def test_bad_guidance_interval(interval):
+    with pytest.raises(ValueError, match="guidance_interval is"):
+        tiny_pipeline(1)(0, guidance_interval=interval)
+
+
+def test_a_condition_replaced_by_a_callback_is_projected_anew():
+    pipe = tiny_pipeline(1, guidance_scale=1.0)
+    other = pipe.encode_condition(torch.tensor([3]))
+
+    def swap(pipe, step, timestep, tensors):
+        return {"condition": other} if step == 0 else {}
+
+    swapped = latents_of(pipe, 0, callback_on_step_end=swap)
+    assert not torch.equal(swapped, latents_of(pipe, 0))
+    assert not torch.equal(swapped, latents_of(pipe, 3))
