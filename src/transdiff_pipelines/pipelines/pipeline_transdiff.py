@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,9 @@ from .sequence_condition import Condition, SequenceCondition, conditional_half
 
 # The transformer's timestep for σ = 1, whatever the scheduler.
 NUM_TRAIN_TIMESTEPS = 1000
+
+# Index of the step, its timestep, and the tensors of the loop; to replacements for these.
+StepCallback = Callable[[int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 @dataclass
@@ -124,7 +128,7 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """Denoising steps of one image of the sequence."""
+        """Denoising steps of the scheduler's present run: of one image of the sequence."""
         return self._num_timesteps
 
     @property
@@ -189,30 +193,35 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
         sigmas: Sequence[float] | None = None,
         guidance_interval: tuple[float, float] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        on_step_end: Callable[[int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+        on_step_end: StepCallback | None = None,
+        steps: range | None = None,
     ) -> torch.Tensor:
         """Noise `(B, C, s, s)` to clean latents: one run of the scheduler.
 
         Args:
             condition: `(B, M, D)`, or, for guidance, `(2 B, M, D)` with the unconditional branch first.
-            on_step_end: called after each step with its index, its timestep and the tensors of the loop; may
-                return replacements for these.
+            on_step_end: called after each step with its index in the scheduler's timesteps, its timestep and the
+                tensors of the loop; may return replacements for these.
+            steps: the part of 0..num_inference_steps - 1 to take; `latents` have the σ of its first. All by default.
         """
-        timesteps = self._set_timesteps(num_inference_steps, sigmas)
+        steps = range(num_inference_steps) if steps is None else steps
+        timesteps = self._set_timesteps(num_inference_steps, sigmas, first_step=steps.start)
+        # A scheduler of higher order has several timesteps a step.
+        indices = range(len(timesteps))[steps.start * self.scheduler.order : steps.stop * self.scheduler.order]
+        self._num_timesteps = len(indices)
         guided_steps = self._guided_steps(timesteps, guidance_interval)
         projected = self._project_condition(condition)
         step_kwargs: dict[str, Any] = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator
 
-        with self.progress_bar(total=num_inference_steps) as progress:
+        with self.progress_bar(total=len(steps)) as progress:
             # The bar of the sequence stays on the screen, those of its images come and go.
             progress.leave = self.condition_encoder.num_images == 1
-            warmup_steps = max(len(timesteps) - num_inference_steps * self.scheduler.order, 0)
-            for i, timestep in enumerate(timesteps):
+            for i in indices:
                 if self.interrupt:
                     break
-                self._current_timestep = timestep
+                self._current_timestep = timestep = timesteps[i]
                 velocity = self._predict_velocity(latents, timestep, projected, guided_steps[i])
                 latents = self.scheduler.step(velocity, timestep, latents, **step_kwargs, return_dict=False)[0]
                 if on_step_end is not None:
@@ -221,7 +230,7 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
                     if "condition" in replaced:
                         condition = replaced["condition"]
                         projected = self._project_condition(condition)
-                if i == len(timesteps) - 1 or (i + 1 > warmup_steps and (i + 1) % self.scheduler.order == 0):
+                if i == indices[-1] or (i + 1) % self.scheduler.order == 0:
                     progress.update()
         return latents
 
@@ -264,7 +273,9 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
         low, high = (0.0, 1.0) if interval is None else interval
         return [low <= timestep / NUM_TRAIN_TIMESTEPS <= high for timestep in timesteps.tolist()]
 
-    def _set_timesteps(self, num_inference_steps: int, sigmas: Sequence[float] | None) -> torch.Tensor:
+    def _set_timesteps(
+        self, num_inference_steps: int, sigmas: Sequence[float] | None, first_step: int = 0
+    ) -> torch.Tensor:
         """Start the scheduler afresh: history and step index of the image before must not leak into this one."""
         device = self._execution_device
         if sigmas is None:
@@ -272,8 +283,7 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
         else:
             self.scheduler.set_timesteps(sigmas=np.asarray(sigmas, dtype=np.float32), device=device)
         if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(0)
-        self._num_timesteps = len(self.scheduler.timesteps)
+            self.scheduler.set_begin_index(first_step * self.scheduler.order)
         return self.scheduler.timesteps
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
@@ -337,30 +347,19 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
         check_latents(latents, self._latents_shape(batch_size))
         check_generator(generator, batch_size)
 
-        guided = any(scale != 1.0 for scale in guidance_scales)
-        conditions = SequenceCondition(
-            self.encode_condition, self.condition_encoder, label_ids, guided, self._execution_device
-        )
         # One initial noise for all images of the sequence: only the condition and the steps' noise differ.
         noise = self.prepare_latents(batch_size, generator, latents)
 
-        callback = None
-        if callback_on_step_end is not None:
-            callback = partial(self._run_callback, callback_on_step_end, callback_on_step_end_tensor_inputs)
-
-        sequence: list[torch.Tensor] = []
-        self._interrupt = False
-        with self._sequence_progress() as progress:
-            for ar_step, scale in enumerate(guidance_scales):
-                self._current_ar_step, self._guidance_scale = ar_step, scale
-                condition = conditions.extend(sequence[-1] if sequence else None)
-                sequence.append(
-                    self.denoise(noise, condition, num_inference_steps, sigmas, guidance_interval, generator, callback)
-                )
-                progress.update()
-                if self.interrupt:
-                    break
-        self._current_ar_step = self._current_timestep = None
+        denoise = partial(
+            self.denoise,
+            noise,
+            num_inference_steps=num_inference_steps,
+            sigmas=sigmas,
+            guidance_interval=guidance_interval,
+            generator=generator,
+            on_step_end=self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs),
+        )
+        sequence = self._make_sequence(label_ids, guidance_scales, denoise)
 
         images = self.decode_latents(sequence[-1], output_type)
         intermediates = None
@@ -371,17 +370,42 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
             return (images,) if intermediates is None else (images, intermediates)
         return TransDiffPipelineOutput(images=images, intermediates=intermediates)
 
-    def _run_callback(
+    def _make_sequence(
         self,
-        callback: Callable[..., dict[str, Any] | None],
-        tensor_inputs: Sequence[str],
-        step: int,
-        timestep: torch.Tensor,
-        tensors: dict[str, torch.Tensor],
-    ) -> dict[str, torch.Tensor]:
-        """Call a user's `callback_on_step_end`, with steps counted over the whole sequence."""
-        step += (self.current_ar_step or 0) * self.num_timesteps
-        return callback(self, step, timestep, {name: tensors[name] for name in tensor_inputs}) or {}
+        label_ids: list[int],
+        guidance_scales: list[float],
+        make_image: Callable[[torch.Tensor], torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """Latents of all images of B AR sequences, each made by `make_image` under the condition of those before."""
+        guided = any(scale != 1.0 for scale in guidance_scales)
+        conditions = SequenceCondition(
+            self.encode_condition, self.condition_encoder, label_ids, guided, self._execution_device
+        )
+        sequence: list[torch.Tensor] = []
+        self._interrupt = False
+        with self._sequence_progress() as progress:
+            for ar_step, scale in enumerate(guidance_scales):
+                self._current_ar_step, self._guidance_scale = ar_step, scale
+                condition = conditions.extend(sequence[-1] if sequence else None)
+                sequence.append(make_image(condition))
+                progress.update()
+                if self.interrupt:
+                    break
+        self._current_ar_step = self._current_timestep = None
+        return sequence
+
+    def _step_callback(
+        self, callback: Callable[..., dict[str, Any] | None] | None, tensor_inputs: Sequence[str]
+    ) -> StepCallback | None:
+        """A user's `callback_on_step_end` as the loop calls it, with steps counted over the whole sequence."""
+        if callback is None:
+            return None
+        steps = count()
+
+        def on_step_end(_: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return callback(self, next(steps), timestep, {name: tensors[name] for name in tensor_inputs}) or {}
+
+        return on_step_end
 
     def _sequence_progress(self) -> Any:
         """Progress over the images of an AR sequence; a single image needs no bar beside that of its steps."""
