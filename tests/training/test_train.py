@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from training.checkpoints import CheckpointError, checkpoint_folders, find_checkpoint
@@ -20,6 +22,12 @@ from transdiff_pipelines import TransDiffPipeline
 
 
 REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state()
 
 
 def train(config: TrainConfig) -> Trainer:
@@ -133,6 +141,32 @@ def test_the_learning_rate_warms_up_then_stays_or_falls() -> None:
     assert [constant.at(step) for step in (0, 4, 9, 10, 39)] == pytest.approx([0.2, 1.0, 2.0, 2.0, 2.0])
     cosine = LearningRate(2.0, ScheduleConfig(steps=20, decay="cosine"), steps_per_epoch=10)
     assert [cosine.at(step) for step in (0, 10, 20)] == pytest.approx([2.0, 1.0, 0.0])
+
+
+def test_training_learns(make_config) -> None:
+    config = make_config(**{"schedule.steps": 60, "data.batch_size": 8, "checkpoints.every": 60, "log_every": 10})
+    train(config)
+    curve = losses(config.output)
+    assert curve[-1] < 0.9 * curve[0]
+
+
+def test_accumulated_batches_give_the_curve_of_one_large_batch(make_config) -> None:
+    options = {"model.dropout": 0.0, "checkpoints.every": 100}
+    train(make_config("large", **options))
+    small = make_config("small", **options, **{"data.batch_size": 2, "optimizer.gradient_accumulation": 2})
+    train(small)
+    assert losses(small.output) == pytest.approx(losses(make_config("large").output), rel=1e-5)
+
+
+def test_bf16_keeps_weights_in_float32_and_stays_near_float32(make_config) -> None:
+    options = {"model.dropout": 0.0, "checkpoints.every": 100}
+    train(make_config("full", **options))
+    AcceleratorState._reset_state()  # one precision per process otherwise
+    half = make_config("half", **options, mixed_precision="bf16")
+    trainer = train(half)
+    assert {value.dtype for value in trainer.module.parameters()} == {torch.float32}
+    assert losses(half.output) == pytest.approx(losses(make_config("full").output), rel=0.02)
+    assert losses(half.output) != losses(make_config("full").output)
 
 
 # --- resuming and kills ---
