@@ -1,4 +1,13 @@
+from .outpainting import pad_for_outpainting
 from .pipeline_transdiff import TransDiffPipeline, TransDiffPipelineOutput
+from .pipeline_transdiff_img2img import TransDiffImg2ImgPipeline
+from .pipeline_transdiff_inpaint import TransDiffInpaintPipeline
 
 
-__all__ = ["TransDiffPipeline", "TransDiffPipelineOutput"]
+__all__ = [
+    "TransDiffImg2ImgPipeline",
+    "TransDiffInpaintPipeline",
+    "TransDiffPipeline",
+    "TransDiffPipelineOutput",
+    "pad_for_outpainting",
+]

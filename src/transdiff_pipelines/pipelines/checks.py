@@ -96,6 +96,14 @@ def check_count(name: str, count: int) -> None:
         raise ValueError(f"{name} is {count}; at least 1 is needed")
 
 
+def check_strength(strength: float) -> None:
+    """Raise TypeError or ValueError unless `strength` is a number in [0, 1]."""
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+        raise TypeError(f"strength {strength!r} is a {type(strength).__name__}; expected a number")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is {strength}; expected a number in [0, 1]: 0 keeps the image, 1 ignores it")
+
+
 def check_latents(latents: torch.Tensor | None, shape: tuple[int, ...]) -> None:
     """Raise ValueError for initial latents of another shape than `(B, C, s, s)`."""
     if latents is not None and tuple(latents.shape) != shape:

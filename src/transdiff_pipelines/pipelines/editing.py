@@ -1,0 +1,265 @@
+"""What image-to-image and inpainting share: an image's latents, noised to a σ of the grid and denoised from there.
+
+Shapes: B edits, N images in an AR sequence (1 for 1-step AR), C latent channels, s latent side, H = W pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from torch.nn import functional as F
+
+from .checks import (
+    check_count,
+    check_generator,
+    check_guidance_interval,
+    check_latents,
+    check_output,
+    check_scheduler,
+    check_strength,
+)
+from .class_labels import ClassLabels, parse_class_labels
+from .image_inputs import check_images, check_masks, common_batch_size, is_latents
+from .pipeline_transdiff import StepCallback, TransDiffPipeline, TransDiffPipelineOutput
+
+
+References = Literal["generated", "edited", "image"]
+
+
+@dataclass(frozen=True)
+class CallSettings:
+    """The arguments that an editing call shares with `TransDiffPipeline.__call__`, which tells what they mean."""
+
+    class_labels: ClassLabels
+    guidance_scale: float | list[float] | None
+    num_inference_steps: int
+    generator: torch.Generator | list[torch.Generator] | None
+    latents: torch.Tensor | None
+    output_type: str
+    return_dict: bool
+    callback_on_step_end: Callable[..., dict[str, Any] | None] | None
+    callback_on_step_end_tensor_inputs: Sequence[str]
+    num_images_per_label: int
+    sigmas: Sequence[float] | None
+    guidance_interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit of B images.
+
+    Attributes:
+        image_latents: scaled latents `(B, C, s, s)` of the images.
+        noise: standard normal noise of that shape, one for all σ: a step moves along x_σ = (1 - σ) x₀ + σ ε.
+        unknown: `(B, 1, s, s)`, where to repaint; None is everywhere.
+        sigmas: the σ at each of the scheduler's timesteps, then 0.
+        runs: ranges of steps to take; each but the first starts with a jump back.
+    """
+
+    image_latents: torch.Tensor
+    noise: torch.Tensor
+    unknown: torch.Tensor | None
+    sigmas: list[float]
+    runs: list[range]
+
+    def noised(self, index: int) -> torch.Tensor:
+        """The images' latents at `sigmas[index]` (Eq. 4); at the grid's start pure noise, as in plain generation."""
+        # Not by the schedulers' `scale_noise` or `add_noise`, which read different parts of the run's state.
+        sigma = self.sigmas[index]
+        return self.noise if index == 0 else (1 - sigma) * self.image_latents + sigma * self.noise
+
+    def keep_known(self, latents: torch.Tensor, index: int) -> torch.Tensor:
+        """`latents` at `sigmas[index]` with the known ones put in their places."""
+        return latents if self.unknown is None else torch.where(self.unknown, latents, self.noised(index))
+
+
+def edit_steps(num_inference_steps: int, strength: float) -> range:
+    """The last `strength * num_inference_steps` steps, counted as diffusers' pipelines count them."""
+    start = int(max(num_inference_steps - min(num_inference_steps * strength, num_inference_steps), 0))
+    return range(start, num_inference_steps)
+
+
+def resampling_runs(steps: range, jump_length: int, jump_n_sample: int) -> list[range]:
+    """RePaint's schedule (arXiv 2201.09865, section 4.2): blocks of `jump_length` steps, each `jump_n_sample` times.
+
+    Blocks are counted from the end. One that begins at step 0 goes once: a jump there forgets all there is. Blocks
+    that follow each other without a jump are one run, so that a multistep scheduler keeps its history.
+    """
+    runs: list[range] = []
+    bounds = [*range(steps.stop, steps.start, -jump_length), steps.start][::-1]
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for _ in range(jump_n_sample if start > 0 else 1):
+            if runs and runs[-1].stop == start:
+                runs[-1] = range(runs[-1].start, stop)
+            else:
+                runs.append(range(start, stop))
+    return runs
+
+
+def jump_back(
+    latents: torch.Tensor, sigma: float, sigma_to: float, generator: torch.Generator | list[torch.Generator] | None
+) -> torch.Tensor:
+    """Noise latents from σ to a larger σ': x' = a x + sqrt(σ'² - a² σ²) ε with a = (1 - σ') / (1 - σ)."""
+    scale = (1 - sigma_to) / (1 - sigma)
+    noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+    return scale * latents + (sigma_to**2 - (scale * sigma) ** 2) ** 0.5 * noise
+
+
+class TransDiffEditingPipeline(TransDiffPipeline):
+    """Common part of the editing pipelines; the components and the denoising loop are `TransDiffPipeline`'s."""
+
+    # Pixels stay in [0, 1] here, where compositing is exact, and masks stay soft, where it blends.
+    pixel_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
+    mask_processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True)
+
+    @property
+    def image_side(self) -> int:
+        """Height and width, in pixels, of the images that this model edits."""
+        return self.transformer.config.sample_size * self.vae_scale_factor
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels `(B, 3, H, W)` in [0, 1] to scaled latents `(B, C, s, s)` in float32.
+
+        The posterior's mode, not a sample as in diffusers' own pipelines: it takes no random numbers, so strength 1
+        is plain generation with the same generator, and what is known stays as near to the image as the VAE can.
+        """
+        pixels = self.pixel_processor.normalize(pixels).to(self._execution_device, self.vae.dtype)
+        latents = self.vae.encode(pixels).latent_dist.mode().float()
+        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+    def _edit(
+        self,
+        image: PipelineImageInput,
+        strength: float,
+        references: References,
+        settings: CallSettings,
+        mask: torch.Tensor | None = None,
+        jump_length: int = 1,
+        jump_n_sample: int = 1,
+    ) -> Any:
+        """Check everything, encode the image, denoise it under the class, decode and composite."""
+        labels, guidance_scales, num_inference_steps = self._check_settings(settings)
+        check_strength(strength)
+        check_count("jump_length", jump_length)
+        check_count("jump_n_sample", jump_n_sample)
+        if references not in get_args(References):
+            raise ValueError(f"references is {references!r}; choose one of {get_args(References)}")
+        pixels, image_latents = self._preprocess_image(image)
+        counts = {"class_labels": len(labels), "images": len(image_latents if pixels is None else pixels)}
+        size = common_batch_size(**counts if mask is None else counts | {"masks": len(mask)})
+        batch_size = size * settings.num_images_per_label
+        check_latents(settings.latents, self._latents_shape(batch_size))
+        check_generator(settings.generator, batch_size)
+
+        def expand(batch: torch.Tensor) -> torch.Tensor:
+            return batch.expand(size, *batch.shape[1:]).repeat_interleave(settings.num_images_per_label, dim=0)
+
+        # The noise comes first, as in plain generation.
+        noise = self.prepare_latents(batch_size, settings.generator, settings.latents)
+        if image_latents is None:
+            image_latents = self.encode_image(pixels)
+        steps = edit_steps(num_inference_steps, strength)
+        self._set_timesteps(num_inference_steps, settings.sigmas)
+        edit = Edit(
+            image_latents=expand(image_latents.to(noise)),
+            noise=noise,
+            unknown=None if mask is None else expand(self._unknown_latents(mask)).to(noise.device),
+            sigmas=[*self.scheduler.sigmas[: len(self.scheduler.timesteps)].tolist(), 0.0],
+            runs=resampling_runs(steps, jump_length, jump_n_sample) if steps else [],
+        )
+        denoise = partial(
+            self.denoise,
+            num_inference_steps=num_inference_steps,
+            sigmas=settings.sigmas,
+            guidance_interval=settings.guidance_interval,
+            generator=settings.generator,
+        )
+        callback = self._step_callback(settings.callback_on_step_end, settings.callback_on_step_end_tensor_inputs)
+
+        def make_image(condition: torch.Tensor) -> torch.Tensor:
+            is_reference = self.current_ar_step != self.condition_encoder.num_images - 1
+            if not steps or (is_reference and references == "image"):
+                return edit.image_latents
+            if is_reference and references == "generated":
+                return denoise(noise, condition, on_step_end=callback)
+            return self._apply(edit, partial(denoise, condition=condition), callback, settings.generator)
+
+        label_ids = expand(torch.tensor(labels)).tolist()
+        edited = self._make_sequence(label_ids, guidance_scales, make_image)[-1]
+        if mask is None or pixels is None or settings.output_type == "latent":
+            images = self.decode_latents(edited, settings.output_type)
+        else:
+            generated = self.decode_latents(edited, "pt")
+            images = self._composite(generated, expand(pixels), expand(mask), settings.output_type)
+        self.maybe_free_model_hooks()
+        return TransDiffPipelineOutput(images=images) if settings.return_dict else (images,)
+
+    def _check_settings(self, settings: CallSettings) -> tuple[list[int], list[float], int]:
+        """Class ids, guidance of each image of the sequence and number of steps, all checked."""
+        check_scheduler(self.scheduler)
+        check_guidance_interval(settings.guidance_interval)
+        check_output(settings.output_type, settings.callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        check_count("num_images_per_label", settings.num_images_per_label)
+        num_classes = self.condition_encoder.config.num_classes
+        return (
+            parse_class_labels(settings.class_labels, self._class_names, num_classes),
+            self._resolve_guidance(settings.guidance_scale),
+            self._check_steps(settings.num_inference_steps, settings.sigmas),
+        )
+
+    def _preprocess_image(self, image: PipelineImageInput) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Pixels `(., 3, H, W)` in [0, 1] and None, or None and the latents `(., C, s, s)` that the image comes as."""
+        if is_latents(image, self._latents_shape(1)):
+            return None, image.reshape(-1, *self._latents_shape(1)[1:])
+        check_images(image, self.image_side)
+        return self.pixel_processor.preprocess(image).float(), None
+
+    def _preprocess_mask(self, mask_image: PipelineImageInput) -> torch.Tensor:
+        """Masks `(., 1, H, W)` in [0, 1], 1 where to repaint."""
+        check_masks(mask_image, self.image_side)
+        return self.mask_processor.preprocess(mask_image).float()
+
+    def _unknown_latents(self, mask: torch.Tensor) -> torch.Tensor:
+        """Latents to repaint `(., 1, s, s)`, bool: those with a pixel of the mask `(., 1, H, W)` at 0.5 or more.
+
+        A latent that saw one pixel of what is to go has it inside; keeping every other pixel is compositing's part.
+        """
+        return F.max_pool2d((mask >= 0.5).float(), self.vae_scale_factor) > 0
+
+    def _apply(
+        self,
+        edit: Edit,
+        denoise: Callable[..., torch.Tensor],
+        callback: StepCallback | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """Run an edit: from its noised image, or part by part with jumps back, keeping what is known at every step."""
+
+        def on_step_end(i: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            latents = edit.keep_known(tensors["latents"], i + 1)
+            replaced = callback(i, timestep, tensors | {"latents": latents}) if callback is not None else {}
+            return {"latents": latents} | replaced
+
+        latents = edit.noised(self._grid_index(edit, edit.runs[0].start))
+        for previous, run in zip([None, *edit.runs], edit.runs, strict=False):
+            if self.interrupt:
+                break
+            if previous is not None:
+                sigma, sigma_to = (edit.sigmas[self._grid_index(edit, step)] for step in (previous.stop, run.start))
+                latents = jump_back(latents, sigma, sigma_to, generator)
+            latents = denoise(latents, on_step_end=on_step_end, steps=run)
+        return latents
+
+    def _grid_index(self, edit: Edit, step: int) -> int:
+        """Where `edit.sigmas` has the σ at which a step begins; the end of the last is its end."""
+        return min(step * self.scheduler.order, len(edit.sigmas) - 1)
+
+    def _composite(self, generated: torch.Tensor, pixels: torch.Tensor, mask: torch.Tensor, output_type: str) -> Any:
+        """Images in [0, 1], the generated ones where the mask is white; a pixel where it is black is kept exactly."""
+        pixels, mask = pixels.to(generated), mask.to(generated)
+        images = torch.where(mask > 0, mask * generated + (1 - mask) * pixels, pixels)
+        return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
