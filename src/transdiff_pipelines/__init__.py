@@ -11,9 +11,14 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from .loaders import convert_original_checkpoint
 from .models import ARConditionEncoder, TransDiffTransformer2DModel
-from .pipelines import TransDiffPipeline
-from .registration import register_with_diffusers
-from .schedulers import FlowMatchEulerMaruyamaScheduler
+from .pipelines import (
+    TransDiffImg2ImgPipeline,
+    TransDiffInpaintPipeline,
+    TransDiffPipeline,
+    pad_for_outpainting,
+)
+from .registration import register_auto_pipelines, register_with_diffusers
+from .schedulers import FlowMatchEulerMaruyamaScheduler, FlowMatchSDEMultistepScheduler
 
 
 __version__ = "0.1.0"
@@ -22,16 +27,27 @@ DIGITS = Path(__file__).parent / "checkpoints" / "digits"
 """Folder of the bundled checkpoint: an MRAR model of handwritten digits."""
 
 register_with_diffusers(
-    ARConditionEncoder, TransDiffTransformer2DModel, FlowMatchEulerMaruyamaScheduler, TransDiffPipeline
+    ARConditionEncoder,
+    TransDiffTransformer2DModel,
+    FlowMatchEulerMaruyamaScheduler,
+    FlowMatchSDEMultistepScheduler,
+    TransDiffPipeline,
+    TransDiffImg2ImgPipeline,
+    TransDiffInpaintPipeline,
 )
+register_auto_pipelines(TransDiffPipeline, TransDiffImg2ImgPipeline, TransDiffInpaintPipeline)
 
 __all__ = [
     "DIGITS",
     "ARConditionEncoder",
     "FlowMatchEulerMaruyamaScheduler",
+    "FlowMatchSDEMultistepScheduler",
     "ModelMixin",
     "SchedulerMixin",
+    "TransDiffImg2ImgPipeline",
+    "TransDiffInpaintPipeline",
     "TransDiffPipeline",
     "TransDiffTransformer2DModel",
     "convert_original_checkpoint",
+    "pad_for_outpainting",
 ]

@@ -1,4 +1,5 @@
 from .scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
+from .scheduling_flow_match_sde_multistep import FlowMatchSDEMultistepScheduler
 
 
-__all__ = ["FlowMatchEulerMaruyamaScheduler"]
+__all__ = ["FlowMatchEulerMaruyamaScheduler", "FlowMatchSDEMultistepScheduler"]
