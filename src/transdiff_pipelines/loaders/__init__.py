@@ -1,3 +1,4 @@
+from .hub import TransDiffHubMixin
 from .lora import TransDiffLoraLoaderMixin
 from .original_checkpoint import convert_original_checkpoint
 from .original_repository import (
@@ -10,6 +11,7 @@ from .single_file import TransDiffSingleFileMixin
 
 
 __all__ = [
+    "TransDiffHubMixin",
     "TransDiffLoraLoaderMixin",
     "TransDiffSingleFileMixin",
     "check_output_folder",

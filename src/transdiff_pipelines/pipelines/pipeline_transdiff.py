@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
-from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..loaders.hub import TransDiffHubMixin
+from ..loaders.lora import TransDiffLoraLoaderMixin
 from ..loaders.single_file import TransDiffSingleFileMixin
 from ..models import ARConditionEncoder, TransDiffTransformer2DModel
 from ..models.alignment import align_weights
@@ -36,6 +37,7 @@ from .checks import (
     guidance_per_image,
 )
 from .class_labels import ClassLabels, ClassNames, parse_class_labels
+from .hooks import check_cache, has_hooked_parts
 from .sequence_condition import Condition, SequenceCondition, conditional_half
 
 
@@ -60,7 +62,7 @@ class TransDiffPipelineOutput(ImagePipelineOutput):
     intermediates: list[list[Image.Image] | np.ndarray | torch.Tensor] | None = None
 
 
-class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
+class TransDiffPipeline(TransDiffLoraLoaderMixin, TransDiffSingleFileMixin, TransDiffHubMixin, DiffusionPipeline):
     """Class-conditional image generation with TransDiff (arXiv 2506.09482).
 
     Args:
@@ -111,6 +113,7 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
 
         # What callbacks may ask for while a call is running.
         self._guidance_scale = 1.0
+        self._attention_kwargs: dict[str, Any] | None = None
         self._num_timesteps = 0
         self._current_timestep: torch.Tensor | None = None
         self._current_ar_step: int | None = None
@@ -120,6 +123,11 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
     def guidance_scale(self) -> float:
         """Guidance of the image being made."""
         return self._guidance_scale
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """What the running call hands to the models' `attention_kwargs`."""
+        return self._attention_kwargs
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -165,7 +173,13 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
         The id `num_classes` is the null class, the unconditional branch of guidance. With a `cache` from
         `condition_encoder.new_cache()` a sequence is encoded group by group, see `ARConditionEncoder.forward`.
         """
-        condition = self.condition_encoder(class_labels, reference_latents, return_dict=False, cache=cache)[0]
+        condition = self.condition_encoder(
+            class_labels,
+            reference_latents,
+            attention_kwargs=self.attention_kwargs,
+            cache=cache,
+            return_dict=False,
+        )[0]
         return condition.to(self.transformer.dtype)
 
     def prepare_latents(
@@ -210,6 +224,7 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
         indices = range(len(timesteps))[steps.start * self.scheduler.order : steps.stop * self.scheduler.order]
         self._num_timesteps = len(indices)
         guided_steps = self._guided_steps(timesteps, guidance_interval)
+        check_cache(self.transformer, guided_steps)
         projected = self._project_condition(condition)
         step_kwargs: dict[str, Any] = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
@@ -221,6 +236,9 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
             for i in indices:
                 if self.interrupt:
                     break
+                if i == indices[0] or guided_steps[i] != guided_steps[i - 1]:
+                    # What a cache holds is of the image before, or of another batch.
+                    self.transformer._reset_stateful_cache()
                 self._current_timestep = timestep = timesteps[i]
                 velocity = self._predict_velocity(latents, timestep, projected, guided_steps[i])
                 latents = self.scheduler.step(velocity, timestep, latents, **step_kwargs, return_dict=False)[0]
@@ -237,12 +255,12 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
     def _project_condition(self, condition: torch.Tensor) -> Condition:
         """The condition as the transformer's cross-attention wants it: computed once, used at every step.
 
-        Its keys and values, unless diffusers' own caching or group offloading is on: the former may run a part of
-        the batch, the latter has no weights on the device outside the blocks' own calls.
+        Its keys and values, unless the transformer's blocks carry hooks: a cache may run a part of the batch, and
+        offloading has no weights on the device outside the blocks' own calls.
         """
-        if self.transformer.is_cache_enabled or _is_group_offload_enabled(self.transformer):
+        if has_hooked_parts(self.transformer):
             return condition
-        return self.transformer.project_condition(condition)
+        return self.transformer.project_condition(condition, attention_kwargs=self.attention_kwargs)
 
     def _predict_velocity(
         self, latents: torch.Tensor, timestep: torch.Tensor, condition: Condition, guided: bool
@@ -255,12 +273,16 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
             model_input = torch.cat([model_input, model_input])
         else:
             condition = conditional_half(condition, latents.shape[0])
-        velocity = self.transformer(
-            hidden_states=model_input.to(self.transformer.dtype),
-            timestep=timestep,
-            encoder_hidden_states=condition,
-            return_dict=False,
-        )[0].to(latents.dtype)
+        if self.transformer.is_cache_enabled:
+            timestep = timestep.expand(model_input.shape[0])  # FasterCache takes every tensor's conditional half
+        with self.transformer.cache_context("denoise"):
+            velocity = self.transformer(
+                hidden_states=model_input.to(self.transformer.dtype),
+                timestep=timestep,
+                encoder_hidden_states=condition,
+                attention_kwargs=self.attention_kwargs,
+                return_dict=False,
+            )[0].to(latents.dtype)
         if guided:
             unconditional, conditional = velocity.chunk(2)
             velocity = unconditional + self.guidance_scale * (conditional - unconditional)
@@ -310,6 +332,7 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
         return_intermediates: bool = False,
         sigmas: Sequence[float] | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Generate images of the classes asked for.
 
@@ -328,6 +351,7 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
             return_intermediates: also return all N images of the MRAR sequence.
             sigmas: a time grid of your own, decreasing in (0, 1], where the scheduler takes one.
             guidance_interval: `(low, high)` in σ; outside it steps go without guidance and its second branch.
+            attention_kwargs: `{"scale": s}` weighs the active LoRA adapters by s in this call.
 
         Returns:
             `TransDiffPipelineOutput`, or a tuple of its entries without `return_dict`.
@@ -359,7 +383,7 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
             generator=generator,
             on_step_end=self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs),
         )
-        sequence = self._make_sequence(label_ids, guidance_scales, denoise)
+        sequence = self._make_sequence(label_ids, guidance_scales, denoise, attention_kwargs)
 
         images = self.decode_latents(sequence[-1], output_type)
         intermediates = None
@@ -375,6 +399,7 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
         label_ids: list[int],
         guidance_scales: list[float],
         make_image: Callable[[torch.Tensor], torch.Tensor],
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> list[torch.Tensor]:
         """Latents of all images of B AR sequences, each made by `make_image` under the condition of those before."""
         guided = any(scale != 1.0 for scale in guidance_scales)
@@ -382,16 +407,22 @@ class TransDiffPipeline(TransDiffSingleFileMixin, DiffusionPipeline):
             self.encode_condition, self.condition_encoder, label_ids, guided, self._execution_device
         )
         sequence: list[torch.Tensor] = []
-        self._interrupt = False
-        with self._sequence_progress() as progress:
-            for ar_step, scale in enumerate(guidance_scales):
-                self._current_ar_step, self._guidance_scale = ar_step, scale
-                condition = conditions.extend(sequence[-1] if sequence else None)
-                sequence.append(make_image(condition))
-                progress.update()
-                if self.interrupt:
-                    break
-        self._current_ar_step = self._current_timestep = None
+        self._interrupt, self._attention_kwargs = False, attention_kwargs
+        try:
+            with self._sequence_progress() as progress:
+                for ar_step, scale in enumerate(guidance_scales):
+                    self._current_ar_step, self._guidance_scale = ar_step, scale
+                    condition = conditions.extend(sequence[-1] if sequence else None)
+                    sequence.append(make_image(condition))
+                    progress.update()
+                    if self.interrupt:
+                        break
+        except BaseException:
+            self.maybe_free_model_hooks()
+            raise
+        finally:
+            # Nothing of a call is left behind, however it ends.
+            self._current_ar_step = self._current_timestep = self._attention_kwargs = None
         return sequence
 
     def _step_callback(

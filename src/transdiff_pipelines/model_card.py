@@ -1,0 +1,380 @@
+"""Model cards: of the published checkpoints, of the bundled model, of a pipeline on its way to the Hub.
+
+    python -m transdiff_pipelines.model_card --output model_cards
+    python -m transdiff_pipelines.model_card --output model_cards --check
+
+The numbers come from `presets.py`, and those of the bundled model from its folder: its configuration, and
+`quality.json` as `training.digits.quality --output` writes it.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.utils import yaml_dump
+
+from .presets import ORIGINAL_REPOSITORY, PUBLISHED, PublishedModel
+
+
+CARD_NAME = "README.md"
+"""The file that the Hub shows as a repository's model card."""
+
+QUALITY_NAME = "quality.json"
+"""The file of measured numbers in the bundled model's folder."""
+
+TASK = "unconditional-image-generation"
+PAPER_URL = "https://arxiv.org/abs/2506.09482"
+IMAGENET = "ILSVRC/imagenet-1k"
+
+DESCRIPTION = f"""\
+TransDiff ([paper]({PAPER_URL})) makes an image of a class. An autoregressive transformer turns the label into
+condition tokens, and a diffusion transformer denoises a latent under them. With multi-reference autoregression
+(MRAR) it makes several images of the class one after another, each seeing the ones before, and the last is the
+result."""
+
+CITATION = """\
+## Citation
+
+```bibtex
+@article{zhen2025marrying,
+  title   = {Marrying Autoregressive Transformer and Diffusion with Multi-Reference Autoregression},
+  author  = {Zhen, Dingcheng and Qiao, Qian and Yu, Tan and Wu, Kangxi and Zhang, Ziwei and Liu, Siyuan and
+             Yin, Shunshun and Tao, Ming},
+  journal = {arXiv preprint arXiv:2506.09482},
+  year    = {2025}
+}
+```"""
+
+DIGITS_MEASURES = {  # name in quality.json: type in the metadata, title, factor for printing
+    "recognition": ("accuracy", "recognised as the digit asked for, %", 100),
+    "nearest": ("nearest_neighbour_distance", "distance to the nearest training image", 1),
+    "copies": ("copies", "nearer to a training image than 99% of the real images are, %", 100),
+    "variance": ("variance", "variance within a class", 1),
+    "frechet": ("frechet_distance", "Fréchet distance of pixels (real: of the training images)", 1),
+}
+
+
+def published_card(model: PublishedModel) -> str:
+    """The card of a published checkpoint, converted to diffusers' format."""
+    kind = "1-step" if model.num_images == 1 else "MRAR"
+    side = f"{model.resolution}×{model.resolution}"
+    title = f"TransDiff-{model.size.name} {kind}, ImageNet {side}"
+    data = _metadata(
+        tags=["imagenet", "arxiv:2506.09482"],
+        license="mit",
+        datasets=[IMAGENET],
+        base_model=ORIGINAL_REPOSITORY,
+        model_name=title,
+        eval_results=_published_results(model),
+    )
+    origin = (
+        f"These are the weights of `{model.folder}` in the authors' repository "
+        f"[{ORIGINAL_REPOSITORY}](https://huggingface.co/{ORIGINAL_REPOSITORY}), in diffusers' format."
+    )
+    architecture = _architecture(
+        model.encoder_config(), model.transformer_config(), model.resolution, model.num_parameters
+    )
+    convert = f"transdiff convert --repo {ORIGINAL_REPOSITORY} --model {model.folder} --output {model.folder}"
+    usage = _usage(f'"{model.folder}"', "golden retriever", convert=convert)
+    settings = _settings(model.guidance_scale, model.drift_scale, model.diffusion_scale)
+    limits = [
+        f"It knows the 1,000 classes of ImageNet and makes images of {side} pixels; it takes no text.",
+        "It learned from ImageNet, with that set's choice of things and its biases; people, whom ImageNet shows "
+        "beside its subjects, may come out distorted or stereotyped. Its images are evidence of nothing.",
+        "The conversion is tested against the authors' implementation on small models. The results above are the "
+        "authors': they were not measured again.",
+        "The license is that of the authors' repository; ImageNet has its own terms of access.",
+    ]
+    sections = [origin, architecture, usage, settings, _published_table(model), _limits(limits)]
+    return _card(data, title, *sections)
+
+
+def digits_card(folder: Path) -> str:
+    """The card of the bundled digits model, with the results of its folder's quality.json where there is one."""
+    quality_path = folder / QUALITY_NAME
+    quality = json.loads(quality_path.read_text(encoding="utf-8")) if quality_path.is_file() else None
+    title = "TransDiff digits, MRAR, 32×32"
+    data = _metadata(
+        tags=["digits"],
+        license="mit",
+        model_name=title if quality else None,
+        eval_results=_digits_results(quality) if quality else None,
+    )
+    origin = (
+        "This small model of handwritten digits comes with the package, for trying things out in seconds and without "
+        "a download. It was trained on a part of the 1,797 digits of scikit-learn (Alpaydin and Kaynak, *Optical "
+        "Recognition of Handwritten Digits*, UCI, CC BY 4.0), enlarged from 8×8 to 32×32 pixels, with the "
+        "configurations `digits_1step.yaml` and `digits_mrar.yaml` of `training/configs`."
+    )
+    usage = _usage("DIGITS", 7, extra_import="DIGITS, ")
+    limits = [
+        "It draws grey digits as they were written on forms by a few dozen people, and nothing else.",
+        "Its training images were 8×8 pixels: 32×32 is smooth, not detailed.",
+    ]
+    sections = [origin, *_saved_facts(folder), usage]
+    sections += [_digits_table(quality)] if quality else []
+    return _card(data, title, *sections, _limits(limits))
+
+
+def pipeline_card(pipeline: Any, repo_id: str, include_code: bool = False) -> str:
+    """The card of a pipeline that is uploaded to a repository without one: what its configuration tells."""
+    usage = _usage(f'"{repo_id}"', _example_label(pipeline), with_code=include_code)
+    limits = [
+        "This card was written on upload and knows only the model's configuration. What it was trained on, how well "
+        "it does and what it may be used for is for its uploader to say here."
+    ]
+    return _card(_metadata(), repo_id.split("/")[-1], *_facts(pipeline), usage, _limits(limits))
+
+
+def training_card(
+    pipeline: Any,
+    name: str,
+    config: Mapping[str, Any],
+    data: str,
+    metrics: Sequence[Mapping[str, float]],
+    pictures: Mapping[str, str],
+) -> str:
+    """The card of a model that was just trained.
+
+    Args:
+        name: what the model is called, and the folder shown in the usage.
+        config: the run's configuration, complete.
+        data: what it was trained on, in a line or two.
+        metrics: the lines of the run's log, each with `step` and `loss`.
+        pictures: caption to file name, beside the card.
+    """
+    usage = _usage(f'"{name}"', _example_label(pipeline))
+    training = f"## Training\n\n{data}\n\n{_loss_table(metrics)}"
+    shown = "\n\n".join(f"{caption}:\n\n![{caption}]({file})" for caption, file in pictures.items())
+    settings = f"The whole configuration:\n\n```yaml\n{yaml_dump(dict(config), sort_keys=False).strip()}\n```"
+    limits = ["It knows the classes and the resolution of its training images, and nothing else."]
+    return _card(_metadata(), name, *_facts(pipeline), usage, training, shown, settings, _limits(limits))
+
+
+def all_cards(digits: Path) -> dict[str, str]:
+    """File name to text of every card that the command writes; `digits` is the bundled model's folder."""
+    cards = {f"{model.folder}.md": published_card(model) for model in PUBLISHED.values()}
+    return cards | {"digits.md": digits_card(digits)}
+
+
+def _metadata(tags: Sequence[str] = (), **entries: Any) -> ModelCardData:
+    tags = ["transdiff", "class-conditional-image-generation", *tags]
+    return ModelCardData(library_name="diffusers", pipeline_tag=TASK, tags=tags, **entries)
+
+
+def _card(data: ModelCardData, title: str, *sections: str) -> str:
+    body = "\n\n".join([f"# {title}", DESCRIPTION, *(section for section in sections if section), CITATION])
+    return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _architecture(
+    encoder: Mapping[str, Any], transformer: Mapping[str, Any], resolution: int, parameters: int | None = None
+) -> str:
+    latent = f"{transformer['sample_size']}×{transformer['sample_size']}"
+    rows = [
+        ("images in a sequence", encoder["patch_size"] ** 2),
+        ("image", f"{resolution}×{resolution} pixels, latents {latent} with {transformer['in_channels']} channels"),
+        ("classes", f"{encoder['num_classes']:,}"),
+        ("autoregressive transformer", _sizes(encoder)),
+        ("diffusion transformer", _sizes(transformer)),
+    ]
+    if parameters is not None:
+        rows.append(("parameters", f"{parameters:,} beside the VAE's"))
+    return _table(("", ""), rows)
+
+
+def _sizes(config: Mapping[str, Any]) -> str:
+    heads = config["num_attention_heads"]
+    return f"{config['num_layers']} layers, width {heads * config['attention_head_dim']}, {heads} heads"
+
+
+def _usage(
+    source: str, label: int | str, extra_import: str = "", convert: str | None = None, with_code: bool = False
+) -> str:
+    shown = label if isinstance(label, int) else f'"{label}"'
+    code = (
+        f"from transdiff_pipelines import {extra_import}TransDiffPipeline\n\n"
+        f"pipe = TransDiffPipeline.from_pretrained({source})\n"
+        f"image = pipe({shown}).images[0]"
+    )
+    text = "## Usage\n\n"
+    if convert:
+        text += f"```bash\n{convert}\n```\n\n"
+    text += f"```python\n{code}\n```"
+    if with_code:
+        text += (
+            "\n\nWithout the package, with the code of this repository:\n\n```python\n"
+            "from diffusers import DiffusionPipeline\n\n"
+            f"pipe = DiffusionPipeline.from_pretrained({source}, trust_remote_code=True)\n```"
+        )
+    return text
+
+
+def _settings(guidance: Any, drift: float | None, diffusion: float | None) -> str:
+    rows = [
+        ("`guidance_scale`", 1.0 if guidance is None else guidance, "`model_index.json`; an argument of the call"),
+        ("`num_inference_steps`", 100, "an argument of the call, for each image of a sequence"),
+    ]
+    if drift is not None:
+        rows += [("`drift_scale`", drift, "the scheduler"), ("`diffusion_scale`", diffusion, "the scheduler")]
+    return f"## Recommended settings\n\nUsed unless others are given.\n\n{_table(('', '', 'kept in'), rows)}"
+
+
+def _limits(limits: Sequence[str]) -> str:
+    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
+
+
+def _published_results(model: PublishedModel) -> list[EvalResult]:
+    """The published numbers for the metadata, marked as such."""
+    values = {
+        "fid": ("FID-50K", model.fid),
+        "inception_score": ("Inception Score", model.inception_score),
+        "precision": ("precision", model.precision),
+        "recall": ("recall", model.recall),
+    }
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=IMAGENET,
+            dataset_name=f"ImageNet {model.resolution}×{model.resolution}",
+            metric_type=kind,
+            metric_name=f"{name} (published, unverified)",
+            metric_value=value,
+            verified=False,
+            source_name="the TransDiff paper (arXiv 2506.09482) and its authors' repository",
+            source_url=PAPER_URL,
+        )
+        for kind, (name, value) in values.items()
+        if value is not None
+    ]
+
+
+def _published_table(model: PublishedModel) -> str:
+    rows = [
+        ("FID-50K", model.fid, model.fid_without_guidance),
+        ("Inception Score", model.inception_score, model.inception_score_without_guidance),
+        ("precision", model.precision, None),
+        ("recall", model.recall, None),
+        ("seconds per image, A800-class GPU", model.seconds_per_image, None),
+    ]
+    kept = [tuple("" if value is None else value for value in row) for row in rows if row[1] is not None]
+    text = f"Published by the authors ([paper]({PAPER_URL})) with the settings above; unverified, not measured here."
+    note = f"\n\n{model.note}" if model.note else ""
+    return f"## Results\n\n{text}\n\n{_table(('', 'with guidance', 'without'), kept)}{note}"
+
+
+def _digits_results(quality: Mapping[str, Any]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type="scikit-learn-digits",
+            dataset_name="scikit-learn digits",
+            dataset_split=quality["split"],
+            metric_type=kind,
+            metric_name=title,
+            metric_value=round(quality["mean"][name] * factor, 4),
+            verified=False,
+        )
+        for name, (kind, title, factor) in DIGITS_MEASURES.items()
+    ]
+
+
+def _digits_table(quality: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            title,
+            f"{quality['real'][name] * factor:.2f}",
+            f"{quality['mean'][name] * factor:.2f} ± {quality['spread'][name] * factor:.2f}",
+        )
+        for name, (_, title, factor) in DIGITS_MEASURES.items()
+    ]
+    return (
+        f"## Results\n\nMeasured with `training.digits.quality` on {quality['num_images']:,} images for each of "
+        f"{len(quality['runs'])} seeds, at 8×8 pixels, against the {quality['split']} split of the real digits.\n\n"
+        + _table(("", "real", "generated"), rows)
+    )
+
+
+def _saved_facts(folder: Path) -> list[str]:
+    """Architecture and settings of a saved pipeline, from its configuration files; none if there is no pipeline."""
+    if not (folder / "model_index.json").is_file():
+        return []
+    index, encoder, transformer, vae, scheduler = (
+        json.loads((folder / name).read_text(encoding="utf-8"))
+        for name in (
+            "model_index.json",
+            "condition_encoder/config.json",
+            "transformer/config.json",
+            "vae/config.json",
+            "scheduler/scheduler_config.json",
+        )
+    )
+    resolution = transformer["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    scales = scheduler.get("drift_scale"), scheduler.get("diffusion_scale")
+    return [_architecture(encoder, transformer, resolution), _settings(index.get("guidance_scale"), *scales)]
+
+
+def _facts(pipeline: Any) -> list[str]:
+    """Architecture and settings of a pipeline in memory."""
+    encoder, transformer = pipeline.condition_encoder, pipeline.transformer
+    resolution = transformer.config.sample_size * pipeline.vae_scale_factor
+    parameters = encoder.num_parameters() + transformer.num_parameters()
+    scales = (pipeline.scheduler.config.get(name) for name in ("drift_scale", "diffusion_scale"))
+    return [
+        _architecture(encoder.config, transformer.config, resolution, parameters),
+        _settings(pipeline.config.guidance_scale, *scales),
+    ]
+
+
+def _example_label(pipeline: Any) -> int | str:
+    """A label for the usage example: the first name that means one class, or class 0."""
+    return next(iter(pipeline.labels), 0)
+
+
+def _loss_table(metrics: Sequence[Mapping[str, float]], rows: int = 10) -> str:
+    """Steps and losses, evenly thinned to about `rows` lines; the last is always there."""
+    if not metrics:
+        return ""
+    stride = -(-len(metrics) // rows)
+    names = ["step", *(name for name in metrics[-1] if name.startswith("loss"))]
+    kept = metrics[::-1][::stride][::-1]
+    values = [[f"{line['step']:.0f}", *(f"{line.get(name, float('nan')):.4f}" for name in names[1:])] for line in kept]
+    return _table([name.replace("_", " ") for name in names], values)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the cards, or with `--check` exit with 1 and their names where they are not current."""
+    from . import DIGITS
+
+    parser = argparse.ArgumentParser(description="Write model cards of the published and the bundled checkpoints.")
+    parser.add_argument("--output", type=Path, default=Path("model_cards"), help="folder of the cards")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail unless the folder is current")
+    options = parser.parse_args(arguments)
+    cards = all_cards(DIGITS)
+    if options.check:
+        present = {path.name: path.read_text(encoding="utf-8") for path in options.output.glob("*.md")}
+        stale = sorted(name for name in cards.keys() | present.keys() if cards.get(name) != present.get(name))
+        if stale:
+            command = f"python -m transdiff_pipelines.model_card --output {options.output}"
+            print(f"not current in {options.output}: {', '.join(stale)}; run {command}", file=sys.stderr)
+            raise SystemExit(1)
+        return
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name, text in cards.items():
+        temporary = options.output / f".{name}.partial"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, options.output / name)
+
+
+if __name__ == "__main__":
+    main()
