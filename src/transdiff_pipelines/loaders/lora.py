@@ -71,7 +71,9 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
         )
         foreign = [key for key in state_dict if "lora" not in key]
         if foreign:
-            raise ValueError(f"{foreign[0]!r} is not a LoRA layer ({len(foreign)} such keys); expected names with 'lora'")
+            raise ValueError(
+                f"{foreign[0]!r} is not a LoRA layer ({len(foreign)} such keys); expected names with 'lora'"
+            )
         return (state_dict, metadata) if return_lora_metadata else state_dict
 
     def load_lora_weights(
@@ -179,7 +181,9 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
         )
 
     @staticmethod
-    def write_lora_layers(state_dict: dict[str, torch.Tensor], save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def write_lora_layers(
+        state_dict: dict[str, torch.Tensor], save_directory: str | os.PathLike, **kwargs: Any
+    ) -> None:
         """Write the file under a temporary name first, so that an interrupted save leaves no half of one."""
         os.makedirs(save_directory, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=save_directory, prefix=".lora-") as scratch:
