@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
 from diffusers.utils import logging
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
@@ -48,7 +47,7 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
         return_lora_metadata: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """The tensors of a LoRA file, folder, Hub repository or state dict, and with `return_lora_metadata` its config.
+        """The tensors of a LoRA file, folder, repository or state dict, and with `return_lora_metadata` its config.
 
         Args:
             kwargs: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`, `force_download`, `proxies`,
@@ -193,6 +192,8 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
 
     def get_active_adapters(self) -> list[str]:
         """Names of the adapters that are active on any component."""
+        from peft.tuners.tuners_utils import BaseTunerLayer  # here, because exported code must load without peft
+
         models = [getattr(self, name) for name in self._lora_loadable_modules if getattr(self, name, None) is not None]
         layers = (layer for model in models for layer in model.modules() if isinstance(layer, BaseTunerLayer))
         return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))

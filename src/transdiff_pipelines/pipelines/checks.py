@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -9,6 +10,34 @@ from diffusers import AutoencoderKL
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..models import ARConditionEncoder, TransDiffTransformer2DModel
+
+
+_MULTISTEP_SCHEDULERS = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")
+
+FLOW_SCHEDULERS = (
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    *_MULTISTEP_SCHEDULERS,
+    "LTXEulerAncestralRFScheduler",
+)
+"""Schedulers of diffusers that sample a flow of known solution rightly (tests/test_schedulers_swapping.py)."""
+
+_UNFIT_SCHEDULERS = {
+    "DEISMultistepScheduler": "it stops before sigma 0 and leaves noise in the image",
+    "SASolverScheduler": "it stops before sigma 0 and leaves noise in the image",
+    "DPMSolverMultistepInverseScheduler": "it goes from the image to the noise",
+    "FlowMatchLCMScheduler": "it noises the predicted image anew at every step, which only a distilled model allows",
+}
+
+# Options of the schedulers that fit: the value that does not, and why.
+_UNFIT_OPTIONS = {
+    "stochastic_sampling": (True, "it noises the predicted image anew at every step, as if the model were distilled"),
+    "invert_sigmas": (True, "it goes from the image to the noise"),
+    "thresholding": (True, "it clips latents as if they were pixels"),
+    "final_sigmas_type": ("sigma_min", "it stops before sigma 0 and leaves noise in the image"),
+}
+
+_NOISE_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
 def check_components(
@@ -43,21 +72,38 @@ def check_components(
 
 
 def check_scheduler(scheduler: SchedulerMixin | None) -> None:
-    """Raise ValueError for a scheduler that would read the velocity as something else: noise, not an image."""
+    """Raise ValueError for a scheduler that does not sample this flow: it would return noise, or a blurred image.
+
+    diffusers' own schedulers are known by name. One from elsewhere is believed when its config says that it predicts
+    flow, or says nothing.
+    """
     if scheduler is None:
         return
-    name = type(scheduler).__name__
-    prediction_type = scheduler.config.get("prediction_type", "flow_prediction")
+    name, config = type(scheduler).__name__, scheduler.config
+    prediction_type = config.get("prediction_type", "flow_prediction")
     if prediction_type != "flow_prediction":
         raise ValueError(
             f"{name} has prediction_type={prediction_type!r}, but the transformer predicts flow; use a flow-match "
             f"scheduler, or make it with {name}.from_config(pipe.scheduler.config) where it knows 'flow_prediction'"
         )
-    if not scheduler.config.get("use_flow_sigmas", True):
+    if not config.get("use_flow_sigmas", True):
         raise ValueError(
             f"{name} has use_flow_sigmas=False, but the model was trained on the linear path; make it with "
             f"{name}.from_config(pipe.scheduler.config, use_flow_sigmas=True)"
         )
+    if type(scheduler).__module__.startswith("diffusers.") and name not in FLOW_SCHEDULERS:
+        reason = _UNFIT_SCHEDULERS.get(name, "it does not integrate a flow")
+        raise ValueError(f"{name} cannot sample this model: {reason}; use one of {', '.join(FLOW_SCHEDULERS)}")
+    for option, (value, reason) in _UNFIT_OPTIONS.items():
+        if config.get(option) == value:
+            raise ValueError(f"{name} has {option}={value!r}: {reason}; make it with {option} left at its default")
+    if name in _MULTISTEP_SCHEDULERS:
+        for option in _NOISE_SPACINGS:
+            # UniPC alone turns the noise levels that Karras' spacing works with back into those of a flow.
+            if config.get(option) and (name, option) != ("UniPCMultistepScheduler", "use_karras_sigmas"):
+                raise ValueError(
+                    f"{name} has {option}=True: it takes the place of the flow's sigmas and gives NaN; set it to False"
+                )
 
 
 def guidance_per_image(guidance_scale: float | Sequence[float], num_images: int) -> list[float]:
@@ -86,6 +132,26 @@ def check_guidance_interval(interval: tuple[float, float] | None) -> None:
     """Raise ValueError unless the interval is `(low, high)` with 0 <= low <= high <= 1."""
     if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
         raise ValueError(f"guidance_interval is {interval}; expected (low, high) in sigma, 0 <= low <= high <= 1")
+
+
+def custom_sigmas(
+    sigmas: Sequence[float] | None, timesteps: Sequence[float] | None, num_train_timesteps: int
+) -> list[float] | None:
+    """The σ of a time grid given as `sigmas`, or as `timesteps`, which are `num_train_timesteps` times σ.
+
+    Raises:
+        ValueError: both were given, or they do not decrease within (0, 1].
+    """
+    if sigmas is not None and timesteps is not None:
+        raise ValueError("sigmas and timesteps were both given; they are the same grid in two units, pass one of them")
+    if sigmas is None and timesteps is None:
+        return None
+    name, top, grid = ("sigmas", 1, sigmas) if timesteps is None else ("timesteps", num_train_timesteps, timesteps)
+    values = [float(value) for value in grid]  # type: ignore[union-attr]
+    falling = all(value > later for value, later in pairwise([*values, 0.0]))
+    if not values or values[0] > top or not falling:
+        raise ValueError(f"{name} are {values}; expected strictly decreasing values in (0, {top}], without the 0")
+    return [value / top for value in values]
 
 
 def check_count(name: str, count: int) -> None:

@@ -34,6 +34,7 @@ from .checks import (
     check_latents,
     check_output,
     check_scheduler,
+    custom_sigmas,
     guidance_per_image,
 )
 from .class_labels import ClassLabels, ClassNames, parse_class_labels
@@ -333,6 +334,7 @@ class TransDiffPipeline(TransDiffLoraLoaderMixin, TransDiffSingleFileMixin, Tran
         sigmas: Sequence[float] | None = None,
         guidance_interval: tuple[float, float] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        timesteps: Sequence[float] | None = None,
     ) -> Any:
         """Generate images of the classes asked for.
 
@@ -352,6 +354,7 @@ class TransDiffPipeline(TransDiffLoraLoaderMixin, TransDiffSingleFileMixin, Tran
             sigmas: a time grid of your own, decreasing in (0, 1], where the scheduler takes one.
             guidance_interval: `(low, high)` in σ; outside it steps go without guidance and its second branch.
             attention_kwargs: `{"scale": s}` weighs the active LoRA adapters by s in this call.
+            timesteps: `sigmas` in the transformer's unit, 1000 σ.
 
         Returns:
             `TransDiffPipelineOutput`, or a tuple of its entries without `return_dict`.
@@ -363,6 +366,7 @@ class TransDiffPipeline(TransDiffLoraLoaderMixin, TransDiffSingleFileMixin, Tran
         check_guidance_interval(guidance_interval)
         check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         check_count("num_images_per_label", num_images_per_label)
+        sigmas = custom_sigmas(sigmas, timesteps, NUM_TRAIN_TIMESTEPS)
         num_inference_steps = self._check_steps(num_inference_steps, sigmas)
         guidance_scales = self._resolve_guidance(guidance_scale)
         label_ids = parse_class_labels(class_labels, self._class_names, self.condition_encoder.config.num_classes)

@@ -13,7 +13,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 # Config entries that only other schedulers read. They must reach those through `from_config`, which drops entries
 # left at their default: without `prediction_type`, DPM-Solver would run as noise prediction and return garbage.
-_ALWAYS_HANDED_ON = {"prediction_type", "use_flow_sigmas", "flow_shift", "shift"}
+# A solver that ends at sigma 0 wants `lower_order_final`, and the single-step one says so if it has to set it itself.
+_ALWAYS_HANDED_ON = {"prediction_type", "use_flow_sigmas", "flow_shift", "shift", "lower_order_final"}
 
 
 class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):

@@ -22,8 +22,8 @@ class FlowMatchEulerMaruyamaScheduler(FlowMatchSDEScheduler):
         diffusion_scale: factor on the noise of every step but the last, which adds none.
         sigma_last: the last σ at which the model is called; from there one drift step goes to 0.
         shift: timestep shift of the default grid, σ ← shift σ / (1 + (shift - 1) σ); 1 leaves it linear.
-        flow_shift, prediction_type, use_flow_sigmas: what multistep solvers have to know of this flow when they are
-            made with `from_config`; not read here.
+        flow_shift, prediction_type, use_flow_sigmas, lower_order_final: what multistep solvers have to know of this
+            flow when they are made with `from_config`; not read here.
 
     Raises:
         ValueError: a value out of its range.
@@ -40,6 +40,7 @@ class FlowMatchEulerMaruyamaScheduler(FlowMatchSDEScheduler):
         flow_shift: float = 1.0,
         prediction_type: str = "flow_prediction",
         use_flow_sigmas: bool = True,
+        lower_order_final: bool = True,
     ):
         self._initialize()
 

@@ -18,7 +18,7 @@ class FlowMatchSDEMultistepScheduler(FlowMatchSDEScheduler):
     Args:
         solver_order: 1 holds x₀ constant over a step; 2 extrapolates it to the middle of the step.
         num_train_timesteps, drift_scale, diffusion_scale, sigma_last, shift, flow_shift, prediction_type,
-            use_flow_sigmas: as in `FlowMatchEulerMaruyamaScheduler`.
+            use_flow_sigmas, lower_order_final: as in `FlowMatchEulerMaruyamaScheduler`.
 
     Raises:
         ValueError: a value out of its range.
@@ -35,6 +35,7 @@ class FlowMatchSDEMultistepScheduler(FlowMatchSDEScheduler):
         flow_shift: float = 1.0,
         prediction_type: str = "flow_prediction",
         use_flow_sigmas: bool = True,
+        lower_order_final: bool = True,
         solver_order: int = 2,
     ):
         if solver_order not in (1, 2):
