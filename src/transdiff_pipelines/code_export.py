@@ -103,11 +103,16 @@ class _Module:
             if isinstance(node, ast.ImportFrom) and (self.imported_module(node) or "").split(".")[0] == PACKAGE
         ]
 
+    def _first_line(self, statement: ast.stmt) -> int:
+        """Where a statement begins, with its decorators and the comment above."""
+        first = min([statement.lineno, *(node.lineno for node in getattr(statement, "decorator_list", []))])
+        while first > 1 and self.lines[first - 2].lstrip().startswith("#"):
+            first -= 1
+        return first
+
     def text(self, statement: ast.stmt, left_out: Collection[str]) -> str:
         """The statement as it is written, with the comment above it, without imports and bases that are not there."""
-        first = min([statement.lineno, *(node.lineno for node in getattr(statement, "decorator_list", []))])
-        while first > 1 and self.lines[first - 2].startswith("#"):
-            first -= 1
+        first = self._first_line(statement)
         lines: dict[int, str] = dict(enumerate(self.lines[first - 1 : statement.end_lineno], start=first))
         for node in self.local_imports(statement):
             for number in range(node.lineno, (node.end_lineno or node.lineno) + 1):
@@ -115,9 +120,9 @@ class _Module:
         if isinstance(statement, ast.ClassDef) and any(_name(base) in left_out for base in statement.bases):
             kept = [ast.unparse(base) for base in statement.bases if _name(base) not in left_out]
             kept += [ast.unparse(keyword) for keyword in statement.keywords]
-            # From the line of the name to that of the last base: the class line, however it was broken.
-            for number in range(statement.lineno + 1, (statement.bases[-1].end_lineno or 0) + 1):
-                lines.pop(number, None)
+            # The class line, however it was broken, ends where the body begins.
+            for number in range(statement.lineno, self._first_line(statement.body[0])):
+                del lines[number]
             lines[statement.lineno] = f"class {statement.name}({', '.join(kept)}):"
         return "\n".join(lines[number] for number in sorted(lines))
 
