@@ -148,6 +148,9 @@ class TransDiffEditingPipeline(TransDiffPipeline):
         check_count("jump_n_sample", jump_n_sample)
         if references not in get_args(References):
             raise ValueError(f"references is {references!r}; choose one of {get_args(References)}")
+        steps = edit_steps(num_inference_steps, strength)
+        if jump_n_sample > 1 and steps.start == 0 and jump_length >= len(steps):
+            raise ValueError(f"jump_length is {jump_length}, but only jumps shorter than the {len(steps)} steps count")
         pixels, image_latents = self._preprocess_image(image)
         counts = {"class_labels": len(labels), "images": len(image_latents if pixels is None else pixels)}
         size = common_batch_size(**counts if mask is None else counts | {"masks": len(mask)})
@@ -162,7 +165,6 @@ class TransDiffEditingPipeline(TransDiffPipeline):
         noise = self.prepare_latents(batch_size, settings.generator, settings.latents)
         if image_latents is None:
             image_latents = self.encode_image(pixels)
-        steps = edit_steps(num_inference_steps, strength)
         self._set_timesteps(num_inference_steps, settings.sigmas)
         edit = Edit(
             image_latents=expand(image_latents.to(noise)),

@@ -27,7 +27,7 @@ def pad_for_outpainting(
     """
     if not isinstance(image, Image.Image):
         raise TypeError(f"image is a {type(image).__name__}; expected a PIL image")
-    sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+    sides = padding if isinstance(padding, tuple) else (padding,) * 4
     if len(sides) != 4 or not all(isinstance(side, int) for side in sides):
         raise TypeError(f"padding is {padding!r}; expected an int or (left, top, right, bottom)")
     if min(sides) < 0 or max(sides) == 0:
