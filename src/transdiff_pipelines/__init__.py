@@ -11,13 +11,16 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from .loaders import convert_original_checkpoint
 from .models import ARConditionEncoder, TransDiffTransformer2DModel
+from .models.ar_condition_encoder import ARTransformerBlock
+from .models.attention import TransDiffAttnProcessor
+from .models.transdiff_transformer_2d import TransDiffTransformerBlock
 from .pipelines import (
     TransDiffImg2ImgPipeline,
     TransDiffInpaintPipeline,
     TransDiffPipeline,
     pad_for_outpainting,
 )
-from .registration import register_auto_pipelines, register_with_diffusers
+from .registration import register_auto_pipelines, register_hook_targets, register_with_diffusers
 from .schedulers import FlowMatchEulerMaruyamaScheduler, FlowMatchSDEMultistepScheduler
 
 
@@ -35,6 +38,7 @@ register_with_diffusers(
     TransDiffImg2ImgPipeline,
     TransDiffInpaintPipeline,
 )
+register_hook_targets([ARTransformerBlock, TransDiffTransformerBlock], TransDiffAttnProcessor)
 register_auto_pipelines(TransDiffPipeline, TransDiffImg2ImgPipeline, TransDiffInpaintPipeline)
 
 __all__ = [

@@ -12,6 +12,13 @@ three things decide whether that works, from a folder and from the Hub alike:
 """
 
 import diffusers
+from diffusers.hooks._helpers import (
+    AttentionProcessorMetadata,
+    AttentionProcessorRegistry,
+    TransformerBlockMetadata,
+    TransformerBlockRegistry,
+    _skip_attention___ret___hidden_states,
+)
 from diffusers.pipelines import auto_pipeline
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
@@ -30,3 +37,15 @@ def register_auto_pipelines(text_to_image: type, image_to_image: type, inpaintin
     auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["transdiff"] = text_to_image
     auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["transdiff"] = image_to_image
     auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING["transdiff"] = inpainting
+
+
+def register_hook_targets(blocks: list[type], attention_processor: type) -> None:
+    """Tell diffusers' caches (FirstBlockCache, MagCache) and layer skipping what blocks and attention return.
+
+    Both return the hidden states alone, and skipping an attention layer hands on its input.
+    """
+    for block in blocks:
+        metadata = TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None)
+        TransformerBlockRegistry.register(block, metadata)
+    skip = AttentionProcessorMetadata(skip_processor_output_fn=_skip_attention___ret___hidden_states)
+    AttentionProcessorRegistry.register(attention_processor, skip)
