@@ -197,6 +197,7 @@ def tiny_pipeline() -> TransDiffPipeline:
         TransDiffTransformer2DModel(patch_size=1, cross_attention_dim=16, **size),
         train_vae.build_vae(),
         FlowMatchEulerMaruyamaScheduler(drift_scale=0.9, diffusion_scale=0.8),
+        guidance_scale=1.5,
     )
 
 
@@ -207,7 +208,8 @@ def test_quality_script_measures_a_saved_pipeline(digits: Path, tmp_path: Path, 
     quality.main([f"--model={tmp_path / 'model'}", f"--data={digits}", *options, *files])
 
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["settings"] == {"num_inference_steps": 2, "drift_scale": 0.9, "diffusion_scale": 0.5}
+    settings = {"guidance_scale": 1.5, "num_inference_steps": 2, "drift_scale": 0.9, "diffusion_scale": 0.5}
+    assert result["settings"] == settings  # the checkpoint's own where nothing is said
     assert [run["seed"] for run in result["runs"]] == [3, 4, 3]
     first, second, again = (run["frechet"] for run in result["runs"])
     assert first == again != second  # a seed settles the images

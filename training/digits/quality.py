@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,7 +147,7 @@ def balanced_labels(count: int) -> np.ndarray:
     return np.arange(count) % NUM_CLASSES
 
 
-def generate(pipeline: TransDiffPipeline, labels: np.ndarray, seed: int, **settings: object) -> np.ndarray:
+def generate(pipeline: TransDiffPipeline, labels: np.ndarray, seed: int, **settings: Any) -> np.ndarray:
     """Images `(N, 32, 32, 3)` in [0, 1], one for each label; what `settings` leave out has the pipeline's default."""
     generator = torch.Generator().manual_seed(seed)
     batches = [
@@ -192,20 +193,17 @@ def evaluate(pipeline: TransDiffPipeline, options: argparse.Namespace) -> tuple[
     labels = balanced_labels(options.num_images)
     chosen = {"guidance_scale": options.guidance_scale, "num_inference_steps": options.num_inference_steps}
     settings = {name: value for name, value in chosen.items() if value is not None}
-    runs: list[dict[str, float]] = []
-    first = None
+    scales = {name: pipeline.scheduler.config[name] for name in ("drift_scale", "diffusion_scale")}
     started = time.perf_counter()
-    for seed in options.seeds:
-        images = generate(pipeline, labels, seed, **settings)
-        first = images if first is None else first
-        runs.append(reference.measure(pooled_pixels(images), labels))
+    generated = [generate(pipeline, labels, seed, **settings) for seed in options.seeds]
     seconds = time.perf_counter() - started
+    runs = [reference.measure(pooled_pixels(images), labels) for images in generated]
     mean, spread = summarise(runs)
     result = {
         "model": str(options.model),
         "split": options.split,
         "recogniser_fit_on": list(reference.fit_on),
-        "settings": settings | {name: pipeline.scheduler.config[name] for name in ("drift_scale", "diffusion_scale")},
+        "settings": {"guidance_scale": pipeline.config.guidance_scale, **scales, **settings},
         "num_images": options.num_images,
         "seconds_per_image": seconds / (options.num_images * len(options.seeds)),
         "real": reference.measure_real(),
@@ -213,7 +211,7 @@ def evaluate(pipeline: TransDiffPipeline, options: argparse.Namespace) -> tuple[
         "spread": spread,
         "runs": [{"seed": seed, **run} for seed, run in zip(options.seeds, runs, strict=True)],
     }
-    return result, first
+    return result, generated[0]
 
 
 def load_pipeline(options: argparse.Namespace) -> TransDiffPipeline:
