@@ -7,12 +7,14 @@ talks to a server of its own starts a subprocess with its own values.
 import os
 import tempfile
 
+
 _CACHE = tempfile.TemporaryDirectory(prefix="transdiff-tests-")
 os.environ["HF_HOME"] = _CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import torch  # noqa: E402
+
 
 # The models here are tiny: several threads only wait for each other.
 torch.set_num_threads(1)

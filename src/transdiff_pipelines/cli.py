@@ -4,6 +4,7 @@ Torch and the models are imported inside the commands, where they are needed. An
 remedy (exit code 1; wrong usage 2; Ctrl-C 130), and `--debug` shows its traceback. Files appear whole or not at all.
 """
 
+import inspect
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,11 +29,12 @@ MAX_CLASSES_BY_DEFAULT = 20
 """`generate` without labels draws every class of a model that has no more than this."""
 
 DType = Literal["float32", "bfloat16", "float16"]
-SchedulerName = Literal["euler-maruyama", "euler", "heun", "dpm-solver", "unipc"]
+SchedulerName = Literal["euler-maruyama", "sde-multistep", "euler", "heun", "dpm-solver", "unipc"]
 
-# The samplers that were tried on this flow: the paper's SDE, then diffusers' solvers of the probability-flow ODE.
+# The samplers that were tried on this flow: two of the paper's SDE, then diffusers' of the probability-flow ODE.
 SCHEDULER_CLASSES: dict[str, str] = {
     "euler-maruyama": "FlowMatchEulerMaruyamaScheduler",
+    "sde-multistep": "FlowMatchSDEMultistepScheduler",
     "euler": "FlowMatchEulerDiscreteScheduler",
     "heun": "FlowMatchHeunDiscreteScheduler",
     "dpm-solver": "DPMSolverMultistepScheduler",
@@ -101,11 +103,11 @@ def generate(
         SchedulerName | None, typer.Option(help="Sampler; the model's own if not given.", show_default=False)
     ] = None,
     drift_scale: Annotated[
-        float | None, typer.Option(help="Drift of the euler-maruyama sampler; the model's own if not given.")
+        float | None, typer.Option(help="Drift of the SDE samplers; the model's own if not given.")
     ] = None,
     diffusion_scale: Annotated[
         float | None,
-        typer.Option(help="Noise of the euler-maruyama sampler, 0 for none; the model's own if not given."),
+        typer.Option(help="Noise of the SDE samplers, 0 for none; the model's own if not given."),
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Number format of the weights.")] = "float32",
     device: Annotated[
@@ -275,15 +277,16 @@ def _set_scheduler(
     scales = {"drift_scale": drift_scale, "diffusion_scale": diffusion_scale}
     scales = {key: value for key, value in scales.items() if value is not None}
     cls: type[SchedulerMixin] = getattr(diffusers, SCHEDULER_CLASSES[name]) if name else type(pipe.scheduler)
-    if scales and not _has_scales(cls.__name__):
+    if scales and not _has_scales(cls):
         option = "--" + next(iter(scales)).replace("_", "-")
-        raise ValueError(f"{option} belongs to the euler-maruyama scheduler; {cls.__name__} has none")
+        samplers = ", ".join(key for key, value in SCHEDULER_CLASSES.items() if _has_scales(getattr(diffusers, value)))
+        raise ValueError(f"{option} is for the SDE samplers ({samplers}); {cls.__name__} has no such scale")
     if name or scales:
         pipe.scheduler = cls.from_config(pipe.scheduler.config, **scales)
 
 
-def _has_scales(scheduler_class: str) -> bool:
-    return scheduler_class == SCHEDULER_CLASSES["euler-maruyama"]
+def _has_scales(scheduler_class: "type[SchedulerMixin]") -> bool:
+    return "drift_scale" in inspect.signature(scheduler_class).parameters
 
 
 def _label_ids(pipe: "TransDiffPipeline", labels: Sequence[str] | None) -> list[int]:
@@ -368,7 +371,7 @@ def _scales(pipe: "TransDiffPipeline", guidance: float | list[float] | None) -> 
     if guidance is None:
         guidance = pipe.config.guidance_scale
     text = f"guidance {1.0 if guidance is None else guidance}"
-    if _has_scales(type(pipe.scheduler).__name__):
+    if _has_scales(type(pipe.scheduler)):
         config = pipe.scheduler.config
         text += f", drift scale {config.drift_scale}, diffusion scale {config.diffusion_scale}"
     return text
