@@ -21,6 +21,7 @@ from accelerate.utils import is_tensorboard_available
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
+from .card import write_card
 from .checkpoints import CheckpointError, find_checkpoint, read_progress, save_checkpoint
 from .config import ConfigError, ScheduleConfig, TrainConfig, config_or_exit, to_dict
 from .data import GroupBatches, batch_loader, keyed_generator
@@ -293,11 +294,13 @@ class Trainer:
         if self.accelerator.is_main_process:
             partial = self.output / ".pipeline.partial"
             shutil.rmtree(partial, ignore_errors=True)
+            self.metrics.plot()
             with self.ema.applied():
-                self.pipeline().save_pretrained(partial)
+                pipeline = self.pipeline()
+                pipeline.save_pretrained(partial)
+            write_card(partial, pipeline, self.config, self._describe_data(), self.metrics.read())
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
-            self.metrics.plot()
         self.accelerator.wait_for_everyone()
         self.say(f"finished: {final}")
         return final

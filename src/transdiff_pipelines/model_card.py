@@ -142,18 +142,19 @@ def training_card(
     """The card of a model that was just trained.
 
     Args:
-        name: what the model is called, and the folder shown in the usage.
+        name: what the model is called.
         config: the run's configuration, complete.
-        data: what it was trained on, in a line or two.
+        data: what it was trained on, in a sentence or two.
         metrics: the lines of the run's log, each with `step` and `loss`.
         pictures: caption to file name, beside the card.
     """
-    usage = _usage(f'"{name}"', _example_label(pipeline))
-    training = f"## Training\n\n{data}\n\n{_loss_table(metrics)}"
+    usage = _usage('"FOLDER"', _example_label(pipeline))
+    usage += "\n\nFOLDER is the one this card is in, or the Hub repository it was pushed to."
     shown = "\n\n".join(f"{caption}:\n\n![{caption}]({file})" for caption, file in pictures.items())
-    settings = f"The whole configuration:\n\n```yaml\n{yaml_dump(dict(config), sort_keys=False).strip()}\n```"
+    settings = f"Configuration:\n\n```yaml\n{yaml_dump(dict(config), sort_keys=False).strip()}\n```"
+    training = [f"## Training\n\n{data}", _loss_table(metrics), shown, settings]
     limits = ["It knows the classes and the resolution of its training images, and nothing else."]
-    return _card(_metadata(), name, *_facts(pipeline), usage, training, shown, settings, _limits(limits))
+    return _card(_metadata(), name, *_facts(pipeline), usage, *training, _limits(limits))
 
 
 def all_cards(digits: Path) -> dict[str, str]:
