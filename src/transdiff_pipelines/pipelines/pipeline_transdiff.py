@@ -274,7 +274,7 @@ class TransDiffPipeline(TransDiffLoraLoaderMixin, TransDiffSingleFileMixin, Tran
             model_input = torch.cat([model_input, model_input])
         else:
             condition = conditional_half(condition, latents.shape[0])
-        if self.transformer.is_cache_enabled:
+        if isinstance(condition, torch.Tensor):
             timestep = timestep.expand(model_input.shape[0])  # FasterCache takes every tensor's conditional half
         with self.transformer.cache_context("denoise"):
             velocity = self.transformer(
