@@ -1,5 +1,7 @@
 """Image-to-image: what strength means at its ends and between, for every scheduler, with MRAR, in batches."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -156,6 +158,8 @@ class TestStrength:
         )
         np.testing.assert_allclose(taken, [500, 100])
         assert torch.equal(edited(one_step, pictures(), strength=1, sigmas=grid), generated(one_step, sigmas=grid))
+        same = edited(one_step, pictures(), timesteps=[1000 * sigma for sigma in grid])
+        torch.testing.assert_close(same, edited(one_step, pictures(), sigmas=grid))
 
     def test_between_the_image_counts(self, mrar):
         first, second = (edited(mrar, pictures(seed=seed), strength=0.5) for seed in (1, 2))
@@ -329,6 +333,10 @@ class TestSharedLoop:
         with_adapter = pipe(pictures(), class_labels=0, generator=seeded(), **call).images
         assert not torch.allclose(without, with_adapter)
         assert torch.equal(with_adapter, generated(base, num_inference_steps=2))
+        without_weight = pipe(
+            pictures(), class_labels=0, generator=seeded(), **call, attention_kwargs={"scale": 0.0}
+        ).images
+        torch.testing.assert_close(without_weight, without)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_low_precision(self, dtype):
@@ -376,6 +384,16 @@ class TestClasses:
         for auto, cls in zip(autos, CLASSES, strict=True):
             assert type(auto.from_pretrained(tmp_path)) is cls
             assert type(auto.from_pipe(tiny_pipeline())) is cls
+
+    def test_the_arguments_are_those_of_the_base_class(self):
+        """By name and default, so that a call is moved from one class to another by its own arguments alone."""
+        base, img2img, inpaint = (dict(inspect.signature(cls.__call__).parameters) for cls in CLASSES)
+        del base["return_intermediates"]
+        assert {name: parameter.default for name, parameter in base.items()}.items() <= {
+            name: parameter.default for name, parameter in img2img.items()
+        }.items()
+        assert inpaint.keys() - img2img.keys() == {"mask_image", "jump_length", "jump_n_sample"}
+        assert img2img.keys() - base.keys() == {"image", "strength", "references"}
 
     def test_components_are_checked(self):
         parts = tiny_pipeline().components | {"scheduler": DDIMScheduler()}

@@ -96,7 +96,7 @@ class TestKnownRegion:
 
     @pytest.mark.parametrize("scheduler", SCHEDULERS)
     def test_latents_are_the_vae_s(self, scheduler):
-        pipe, image = inpaint(), pictures(2)
+        pipe, image = inpaint(1), pictures(2)
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
         latents, known = painted(pipe, image, upper_half(), [0, 3]), through_vae(pipe, image)
         torch.testing.assert_close(latents[..., 2:, :], known[..., 2:, :])
@@ -243,7 +243,7 @@ class TestResampling:
 
     @pytest.mark.parametrize("scheduler", SCHEDULERS)
     def test_jumps_change_the_unknown_part_alone(self, scheduler):
-        pipe, image = inpaint(), pictures()
+        pipe, image = inpaint(1), pictures()
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
         options = {"jump_length": 2, "num_inference_steps": 6}
         straight = painted(pipe, image, upper_half(), jump_n_sample=1, **options)

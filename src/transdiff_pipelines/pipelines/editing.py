@@ -21,10 +21,11 @@ from .checks import (
     check_output,
     check_scheduler,
     check_strength,
+    custom_sigmas,
 )
 from .class_labels import ClassLabels, parse_class_labels
 from .image_inputs import check_images, check_masks, common_batch_size, is_latents
-from .pipeline_transdiff import StepCallback, TransDiffPipeline, TransDiffPipelineOutput
+from .pipeline_transdiff import NUM_TRAIN_TIMESTEPS, StepCallback, TransDiffPipeline, TransDiffPipelineOutput
 
 
 References = Literal["generated", "edited", "image"]
@@ -46,6 +47,8 @@ class CallSettings:
     num_images_per_label: int
     sigmas: Sequence[float] | None
     guidance_interval: tuple[float, float] | None
+    attention_kwargs: dict[str, Any] | None
+    timesteps: Sequence[float] | None
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ class TransDiffEditingPipeline(TransDiffPipeline):
         jump_n_sample: int = 1,
     ) -> Any:
         """Check everything, encode the image, denoise it under the class, decode and composite."""
-        labels, guidance_scales, num_inference_steps = self._check_settings(settings)
+        labels, guidance_scales, num_inference_steps, sigmas = self._check_settings(settings)
         check_strength(strength)
         check_count("jump_length", jump_length)
         check_count("jump_n_sample", jump_n_sample)
@@ -165,7 +168,7 @@ class TransDiffEditingPipeline(TransDiffPipeline):
         noise = self.prepare_latents(batch_size, settings.generator, settings.latents)
         if image_latents is None:
             image_latents = self.encode_image(pixels)
-        self._set_timesteps(num_inference_steps, settings.sigmas)
+        self._set_timesteps(num_inference_steps, sigmas)
         edit = Edit(
             image_latents=expand(image_latents.to(noise)),
             noise=noise,
@@ -176,7 +179,7 @@ class TransDiffEditingPipeline(TransDiffPipeline):
         denoise = partial(
             self.denoise,
             num_inference_steps=num_inference_steps,
-            sigmas=settings.sigmas,
+            sigmas=sigmas,
             guidance_interval=settings.guidance_interval,
             generator=settings.generator,
         )
@@ -191,7 +194,7 @@ class TransDiffEditingPipeline(TransDiffPipeline):
             return self._apply(edit, partial(denoise, condition=condition), callback, settings.generator)
 
         label_ids = expand(torch.tensor(labels)).tolist()
-        edited = self._make_sequence(label_ids, guidance_scales, make_image)[-1]
+        edited = self._make_sequence(label_ids, guidance_scales, make_image, settings.attention_kwargs)[-1]
         if mask is None or pixels is None or settings.output_type == "latent":
             images = self.decode_latents(edited, settings.output_type)
         else:
@@ -200,17 +203,19 @@ class TransDiffEditingPipeline(TransDiffPipeline):
         self.maybe_free_model_hooks()
         return TransDiffPipelineOutput(images=images) if settings.return_dict else (images,)
 
-    def _check_settings(self, settings: CallSettings) -> tuple[list[int], list[float], int]:
-        """Class ids, guidance of each image of the sequence and number of steps, all checked."""
+    def _check_settings(self, settings: CallSettings) -> tuple[list[int], list[float], int, list[float] | None]:
+        """Class ids, guidance of each image of the sequence, number of steps and custom σ, all checked."""
         check_scheduler(self.scheduler)
         check_guidance_interval(settings.guidance_interval)
         check_output(settings.output_type, settings.callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         check_count("num_images_per_label", settings.num_images_per_label)
         num_classes = self.condition_encoder.config.num_classes
+        sigmas = custom_sigmas(settings.sigmas, settings.timesteps, NUM_TRAIN_TIMESTEPS)
         return (
             parse_class_labels(settings.class_labels, self._class_names, num_classes),
             self._resolve_guidance(settings.guidance_scale),
-            self._check_steps(settings.num_inference_steps, settings.sigmas),
+            self._check_steps(settings.num_inference_steps, sigmas),
+            sigmas,
         )
 
     def _preprocess_image(self, image: PipelineImageInput) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -36,6 +36,8 @@ class TransDiffImg2ImgPipeline(TransDiffEditingPipeline):
         num_images_per_label: int = 1,
         sigmas: Sequence[float] | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        timesteps: Sequence[float] | None = None,
         references: References = "generated",
     ) -> Any:
         """Noise images to the σ that `strength` names and denoise them under a class.
@@ -73,5 +75,7 @@ class TransDiffImg2ImgPipeline(TransDiffEditingPipeline):
             num_images_per_label=num_images_per_label,
             sigmas=sigmas,
             guidance_interval=guidance_interval,
+            attention_kwargs=attention_kwargs,
+            timesteps=timesteps,
         )
         return self._edit(image, strength, references, settings)

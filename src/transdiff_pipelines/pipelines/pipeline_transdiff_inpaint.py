@@ -38,6 +38,8 @@ class TransDiffInpaintPipeline(TransDiffEditingPipeline):
         num_images_per_label: int = 1,
         sigmas: Sequence[float] | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        timesteps: Sequence[float] | None = None,
         references: References = "generated",
         jump_length: int = 10,
         jump_n_sample: int = 1,
@@ -85,6 +87,8 @@ class TransDiffInpaintPipeline(TransDiffEditingPipeline):
             num_images_per_label=num_images_per_label,
             sigmas=sigmas,
             guidance_interval=guidance_interval,
+            attention_kwargs=attention_kwargs,
+            timesteps=timesteps,
         )
         mask = self._preprocess_mask(mask_image)
         return self._edit(image, strength, references, settings, mask, jump_length, jump_n_sample)
