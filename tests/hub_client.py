@@ -123,7 +123,7 @@ def a_folder_with_a_card_and_its_picture(folder: Path) -> None:
     tiny_pipeline().save_pretrained(trained)
     (trained / "README.md").write_text("# Trained\n\n![samples](samples.png) ![](https://elsewhere/b.png)\n")
     (trained / "samples.png").write_bytes(ONE_PIXEL)
-    TransDiffPipeline.from_pretrained(trained).push_to_hub("tester/trained")
+    TransDiffPipeline.from_pretrained(trained).push_to_hub("tester/trained", private=True)
 
 
 # --- loading, with the package imported ---

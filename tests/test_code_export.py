@@ -130,6 +130,7 @@ def test_bases_are_left_out_and_annotations_get_stand_ins(package) -> None:
             "size = 2\nuser = size\n",
             "size means two things",
         ),
+        ("class Base:\n    pass\n\n\nclass Main:\n    pass\n\n\nMain.__module__ = '__main__'\n", "", "no module"),
         ("from .tools import Mixin\n\n\nclass Main(Mixin):\n    x = Mixin\n", "class Mixin:\n    pass\n", "left out"),
     ],
 )

@@ -12,6 +12,9 @@ import pytest
 from hub_server import Hub, running_hub
 from huggingface_hub import ModelCard
 
+# The fixture runs four processes, each of which imports everything: long on a busy machine.
+pytestmark = pytest.mark.timeout(1200)
+
 
 @dataclass
 class Session:
@@ -45,7 +48,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
 
         def finish(*processes: subprocess.Popen) -> None:
             for process in processes:
-                output = process.communicate(timeout=240)[0]
+                output = process.communicate(timeout=600)[0]
                 assert process.returncode == 0, output
 
         finish(start("push", "pusher"))
@@ -100,6 +103,10 @@ def test_a_trained_folders_card_goes_along_with_its_picture(session: Session) ->
     files = session.hub.files("tester/trained")
     assert files["README.md"].startswith(b"# Trained")
     assert files["samples.png"] == hub_client.ONE_PIXEL
+
+
+def test_a_repository_is_private_where_that_was_asked_for(session: Session) -> None:
+    assert {name for name, repository in session.hub.repositories.items() if repository.private} == {"tester/trained"}
 
 
 def test_code_is_one_file_for_the_pipeline_and_one_for_each_component(session: Session) -> None:

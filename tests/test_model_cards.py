@@ -8,8 +8,10 @@ import pytest
 from huggingface_hub import ModelCard
 from tiny import tiny_pipeline
 
+from training.digits import quality
 from transdiff_pipelines import DIGITS, model_card
 from transdiff_pipelines.data import imagenet_id2label
+from transdiff_pipelines.loaders import save_converted
 from transdiff_pipelines.presets import PUBLISHED
 
 
@@ -93,6 +95,10 @@ def test_the_digits_card_takes_settings_and_results_from_the_models_folder(tmp_p
     assert values["frechet_distance"] == 3.25
 
 
+def test_the_digits_card_knows_every_measure_that_is_taken() -> None:
+    assert model_card.DIGITS_MEASURES.keys() == quality.MEASURES.keys()
+
+
 def test_the_digits_card_has_results_once_they_are_measured() -> None:
     measured = (DIGITS / model_card.QUALITY_NAME).is_file()
     assert ("## Results" in read("digits").text) == measured
@@ -121,3 +127,11 @@ def test_an_uploaded_pipelines_card_claims_nothing_it_does_not_know() -> None:
     assert card.data.license is None
     assert "pipe(0)" in card.text
     assert 'from_pretrained("me/mine")' in card.text
+
+
+def test_a_converted_checkpoint_of_known_origin_has_its_card(tmp_path: Path) -> None:
+    save_converted(tiny_pipeline(), tmp_path / "known", card=PUBLISHED["transdiff_l"])
+    card = (tmp_path / "known/README.md").read_text(encoding="utf-8")
+    assert card == (FOLDER / "transdiff_l.md").read_text(encoding="utf-8")
+    save_converted(tiny_pipeline(), tmp_path / "unknown")
+    assert not (tmp_path / "unknown/README.md").exists()

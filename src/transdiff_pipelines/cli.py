@@ -186,12 +186,15 @@ def convert(
         import torch
 
         from .loaders import check_output_folder, convert_original_checkpoint, download_original, save_converted
+        from .presets import ORIGINAL_REPOSITORY, PUBLISHED
 
         check_output_folder(output)
         if checkpoint is None or vae is None:
             checkpoint, vae = download_original(str(model), str(repo))
         pipe = convert_original_checkpoint(checkpoint, vae, num_attention_heads, preset, dtype=getattr(torch, dtype))
-        save_converted(pipe, output)
+        # Weights of a known origin get their model card; of any other file nothing is known but its shape.
+        published = PUBLISHED.get(str(model)) if repo == ORIGINAL_REPOSITORY else None
+        save_converted(pipe, output, card=published)
 
         parameters = pipe.condition_encoder.num_parameters() + pipe.transformer.num_parameters()
         typer.echo(f"{output}: {parameters:,} parameters beside the VAE's; recommended {_scales(pipe, None)}")

@@ -47,9 +47,9 @@ class _Module:
     """The top level of a module of the package: what it defines, what it imports, what it does on import."""
 
     def __init__(self, name: str):
-        spec = find_spec(name)
+        spec = find_spec(name) if name != "__main__" else None
         if spec is None or spec.origin is None:
-            raise ExportError(f"there is no source of {name}")
+            raise ExportError(f"there is no module {name} with a source; define the class in a module of its own")
         self.name, self.parent = name, spec.parent
         text = Path(spec.origin).read_text(encoding="utf-8")
         tree = ast.parse(text)

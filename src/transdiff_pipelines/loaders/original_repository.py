@@ -7,7 +7,15 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 
-from ..presets import ORIGINAL_FILENAME, ORIGINAL_REPOSITORY, ORIGINAL_VAE_FOLDER, PUBLISHED, published_model
+from ..model_card import CARD_NAME, published_card
+from ..presets import (
+    ORIGINAL_FILENAME,
+    ORIGINAL_REPOSITORY,
+    ORIGINAL_VAE_FOLDER,
+    PUBLISHED,
+    PublishedModel,
+    published_model,
+)
 
 
 def download_original(model: str, repo: str = ORIGINAL_REPOSITORY) -> tuple[Path, Path]:
@@ -28,8 +36,13 @@ def download_original(model: str, repo: str = ORIGINAL_REPOSITORY) -> tuple[Path
     return checkpoint, vae
 
 
-def save_converted(pipeline: DiffusionPipeline, output: str | os.PathLike[str]) -> Path:
+def save_converted(
+    pipeline: DiffusionPipeline, output: str | os.PathLike[str], card: PublishedModel | None = None
+) -> Path:
     """Write a pipeline to a new folder, whole or not at all.
+
+    Args:
+        card: the published model that these weights are, to write its model card too: `push_to_hub` takes it along.
 
     Raises:
         FileExistsError: `output` exists and is not an empty folder.
@@ -41,6 +54,8 @@ def save_converted(pipeline: DiffusionPipeline, output: str | os.PathLike[str]) 
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as workplace:
         written = Path(workplace) / output.name
         pipeline.save_pretrained(written)
+        if card is not None:
+            (written / CARD_NAME).write_text(published_card(card), encoding="utf-8")
         os.replace(written, output)
     return output
 
