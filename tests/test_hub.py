@@ -12,6 +12,7 @@ import pytest
 from hub_server import Hub, running_hub
 from huggingface_hub import ModelCard
 
+
 # The fixture runs four processes, each of which imports everything: long on a busy machine.
 pytestmark = pytest.mark.timeout(1200)
 
