@@ -146,8 +146,8 @@ def evaluate_restoration(pipeline: TransDiffPipeline, reference: Reference, opti
             shown = results | {"masked": masked + 0.5 * masks[..., None]}
             pictures = [shown[name] for name in ("original", "masked", *RESAMPLING)]
     rows = []
-    for name, measured in runs.items():
-        mean, spread = summarise(measured)
+    for name, measures in runs.items():
+        mean, spread = summarise(measures)
         rows.append({"images": name, "mean": mean, "spread": spread})
     return rows, np.stack(pictures)
 

@@ -52,6 +52,39 @@ class CallSettings:
 
 
 @dataclass(frozen=True)
+class EditInputs:
+    """What a call edits, checked. One label, picture or mask may stand for all.
+
+    Attributes:
+        labels: class ids `(.,)`.
+        picture: pixels `(., 3, H, W)` in [0, 1], or scaled latents `(., C, s, s)` with `latents_given`.
+        mask: `(., 1, H, W)` in [0, 1], 1 where to repaint; None is everywhere.
+        num_edits: how many different edits there are, each made `num_images_per_label` times.
+        guidance_scales: one for each image of the AR sequence.
+        sigmas: the caller's time grid, if any.
+    """
+
+    labels: torch.Tensor
+    picture: torch.Tensor
+    latents_given: bool
+    mask: torch.Tensor | None
+    num_edits: int
+    num_images_per_label: int
+    guidance_scales: list[float]
+    num_inference_steps: int
+    sigmas: list[float] | None
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images to be made."""
+        return self.num_edits * self.num_images_per_label
+
+    def expand(self, batch: torch.Tensor) -> torch.Tensor:
+        """One row for each image to be made, from one for each edit or one for all."""
+        return batch.expand(self.num_edits, *batch.shape[1:]).repeat_interleave(self.num_images_per_label, dim=0)
+
+
+@dataclass(frozen=True)
 class Edit:
     """One edit of B images.
 
@@ -145,41 +178,23 @@ class TransDiffEditingPipeline(TransDiffPipeline):
         jump_n_sample: int = 1,
     ) -> Any:
         """Check everything, encode the image, denoise it under the class, decode and composite."""
-        labels, guidance_scales, num_inference_steps, sigmas = self._check_settings(settings)
         check_strength(strength)
         check_count("jump_length", jump_length)
         check_count("jump_n_sample", jump_n_sample)
         if references not in get_args(References):
             raise ValueError(f"references is {references!r}; choose one of {get_args(References)}")
-        steps = edit_steps(num_inference_steps, strength)
+        inputs = self._check_inputs(image, mask, settings)
+        steps = edit_steps(inputs.num_inference_steps, strength)
         if jump_n_sample > 1 and steps.start == 0 and jump_length >= len(steps):
             raise ValueError(f"jump_length is {jump_length}, but only jumps shorter than the {len(steps)} steps count")
-        pixels, image_latents = self._preprocess_image(image)
-        counts = {"class_labels": len(labels), "images": len(image_latents if pixels is None else pixels)}
-        size = common_batch_size(**counts if mask is None else counts | {"masks": len(mask)})
-        batch_size = size * settings.num_images_per_label
-        check_latents(settings.latents, self._latents_shape(batch_size))
-        check_generator(settings.generator, batch_size)
-
-        def expand(batch: torch.Tensor) -> torch.Tensor:
-            return batch.expand(size, *batch.shape[1:]).repeat_interleave(settings.num_images_per_label, dim=0)
 
         # The noise comes first, as in plain generation.
-        noise = self.prepare_latents(batch_size, settings.generator, settings.latents)
-        if image_latents is None:
-            image_latents = self.encode_image(pixels)
-        self._set_timesteps(num_inference_steps, sigmas)
-        edit = Edit(
-            image_latents=expand(image_latents.to(noise)),
-            noise=noise,
-            unknown=None if mask is None else expand(self._unknown_latents(mask)).to(noise.device),
-            sigmas=[*self.scheduler.sigmas[: len(self.scheduler.timesteps)].tolist(), 0.0],
-            runs=resampling_runs(steps, jump_length, jump_n_sample) if steps else [],
-        )
+        noise = self.prepare_latents(inputs.batch_size, settings.generator, settings.latents)
+        edit = self._start_edit(inputs, noise, resampling_runs(steps, jump_length, jump_n_sample) if steps else [])
         denoise = partial(
             self.denoise,
-            num_inference_steps=num_inference_steps,
-            sigmas=sigmas,
+            num_inference_steps=inputs.num_inference_steps,
+            sigmas=inputs.sigmas,
             guidance_interval=settings.guidance_interval,
             generator=settings.generator,
         )
@@ -191,39 +206,61 @@ class TransDiffEditingPipeline(TransDiffPipeline):
                 return edit.image_latents
             if is_reference and references == "generated":
                 return denoise(noise, condition, on_step_end=callback)
-            return self._apply(edit, partial(denoise, condition=condition), callback, settings.generator)
+            return self._run_edit(edit, partial(denoise, condition=condition), callback, settings.generator)
 
-        label_ids = expand(torch.tensor(labels)).tolist()
-        edited = self._make_sequence(label_ids, guidance_scales, make_image, settings.attention_kwargs)[-1]
-        if mask is None or pixels is None or settings.output_type == "latent":
-            images = self.decode_latents(edited, settings.output_type)
-        else:
-            generated = self.decode_latents(edited, "pt")
-            images = self._composite(generated, expand(pixels), expand(mask), settings.output_type)
+        label_ids = inputs.expand(inputs.labels).tolist()
+        sequence = self._make_sequence(label_ids, inputs.guidance_scales, make_image, settings.attention_kwargs)
+        images = self._decode_edit(sequence[-1], inputs, settings.output_type)
         self.maybe_free_model_hooks()
         return TransDiffPipelineOutput(images=images) if settings.return_dict else (images,)
 
-    def _check_settings(self, settings: CallSettings) -> tuple[list[int], list[float], int, list[float] | None]:
-        """Class ids, guidance of each image of the sequence, number of steps and custom σ, all checked."""
+    def _check_inputs(
+        self, image: PipelineImageInput, mask: torch.Tensor | None, settings: CallSettings
+    ) -> EditInputs:
+        """Check what the call is given, and that it fits together."""
         check_scheduler(self.scheduler)
         check_guidance_interval(settings.guidance_interval)
         check_output(settings.output_type, settings.callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         check_count("num_images_per_label", settings.num_images_per_label)
-        num_classes = self.condition_encoder.config.num_classes
         sigmas = custom_sigmas(settings.sigmas, settings.timesteps, NUM_TRAIN_TIMESTEPS)
-        return (
-            parse_class_labels(settings.class_labels, self._class_names, num_classes),
-            self._resolve_guidance(settings.guidance_scale),
-            self._check_steps(settings.num_inference_steps, sigmas),
-            sigmas,
+        num_classes = self.condition_encoder.config.num_classes
+        labels = parse_class_labels(settings.class_labels, self._class_names, num_classes)
+        latents_given = is_latents(image, self._latents_shape(1))
+        if latents_given:
+            picture = image.reshape(-1, *self._latents_shape(1)[1:])
+        else:
+            check_images(image, self.image_side)
+            picture = self.pixel_processor.preprocess(image).float()
+        counts = {"class_labels": len(labels), "images": len(picture)}
+        inputs = EditInputs(
+            labels=torch.tensor(labels),
+            picture=picture,
+            latents_given=latents_given,
+            mask=mask,
+            num_edits=common_batch_size(**counts if mask is None else counts | {"masks": len(mask)}),
+            num_images_per_label=settings.num_images_per_label,
+            guidance_scales=self._resolve_guidance(settings.guidance_scale),
+            num_inference_steps=self._check_steps(settings.num_inference_steps, sigmas),
+            sigmas=sigmas,
         )
+        check_latents(settings.latents, self._latents_shape(inputs.batch_size))
+        check_generator(settings.generator, inputs.batch_size)
+        return inputs
 
-    def _preprocess_image(self, image: PipelineImageInput) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Pixels `(., 3, H, W)` in [0, 1] and None, or None and the latents `(., C, s, s)` that the image comes as."""
-        if is_latents(image, self._latents_shape(1)):
-            return None, image.reshape(-1, *self._latents_shape(1)[1:])
-        check_images(image, self.image_side)
-        return self.pixel_processor.preprocess(image).float(), None
+    def _start_edit(self, inputs: EditInputs, noise: torch.Tensor, runs: list[range]) -> Edit:
+        """Encode the images and find the σ of the grid."""
+        latents = inputs.picture if inputs.latents_given else self.encode_image(inputs.picture)
+        unknown = None
+        if inputs.mask is not None:
+            unknown = inputs.expand(self._unknown_latents(inputs.mask)).to(noise.device)
+        self._set_timesteps(inputs.num_inference_steps, inputs.sigmas)
+        return Edit(
+            image_latents=inputs.expand(latents.to(noise)),
+            noise=noise,
+            unknown=unknown,
+            sigmas=[*self.scheduler.sigmas[: len(self.scheduler.timesteps)].tolist(), 0.0],
+            runs=runs,
+        )
 
     def _preprocess_mask(self, mask_image: PipelineImageInput) -> torch.Tensor:
         """Masks `(., 1, H, W)` in [0, 1], 1 where to repaint."""
@@ -237,7 +274,7 @@ class TransDiffEditingPipeline(TransDiffPipeline):
         """
         return F.max_pool2d((mask >= 0.5).float(), self.vae_scale_factor) > 0
 
-    def _apply(
+    def _run_edit(
         self,
         edit: Edit,
         denoise: Callable[..., torch.Tensor],
@@ -265,8 +302,11 @@ class TransDiffEditingPipeline(TransDiffPipeline):
         """Where `edit.sigmas` has the σ at which a step begins; the end of the last is its end."""
         return min(step * self.scheduler.order, len(edit.sigmas) - 1)
 
-    def _composite(self, generated: torch.Tensor, pixels: torch.Tensor, mask: torch.Tensor, output_type: str) -> Any:
-        """Images in [0, 1], the generated ones where the mask is white; a pixel where it is black is kept exactly."""
-        pixels, mask = pixels.to(generated), mask.to(generated)
+    def _decode_edit(self, latents: torch.Tensor, inputs: EditInputs, output_type: str) -> Any:
+        """Decode; with a mask, the result shows where it is white, and a pixel where it is black is kept exactly."""
+        if inputs.mask is None or inputs.latents_given or output_type == "latent":
+            return self.decode_latents(latents, output_type)
+        generated = self.decode_latents(latents, "pt")
+        pixels, mask = (inputs.expand(batch).to(generated) for batch in (inputs.picture, inputs.mask))
         images = torch.where(mask > 0, mask * generated + (1 - mask) * pixels, pixels)
         return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
