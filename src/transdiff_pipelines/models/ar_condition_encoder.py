@@ -12,11 +12,17 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput, apply_lora_scale
+from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..latents import pack_latents
-from .attention import LAYER_NORM_EPS, TransDiffAttention, feed_forward, initialize_linear_and_norm_weights
+from .attention import (
+    LAYER_NORM_EPS,
+    TransDiffAttention,
+    feed_forward,
+    initialize_linear_and_norm_weights,
+    lora_scale,
+)
 from .key_value_cache import KeyValueCache
 
 
@@ -170,7 +176,6 @@ class ARConditionEncoder(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         patches = patches.reshape(reference_latents.shape[0], -1, patches.shape[-1])
         return self.reference_projection(patches.to(self.mask_token.dtype))
 
-    @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         class_labels: torch.Tensor,
@@ -193,7 +198,24 @@ class ARConditionEncoder(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         """
         if class_labels.ndim != 1:
             raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}; expected one label a sample, (B,)")
-        num_class_tokens, past = self.config.num_class_tokens, cache[0].length if cache else 0
+        past = cache[0].length if cache else 0
+        with lora_scale(self, attention_kwargs):
+            features = self._encode(class_labels, reference_latents, cache, past)
+        first = max(past - self.config.num_class_tokens, 0)
+        condition = features + self.condition_position_embedding[:, first : first + features.shape[1]]
+        if not return_dict:
+            return condition, features
+        return ARConditionEncoderOutput(condition=condition, features=features)
+
+    def _encode(
+        self,
+        class_labels: torch.Tensor,
+        reference_latents: torch.Tensor | None,
+        cache: list[KeyValueCache] | None,
+        past: int,
+    ) -> torch.Tensor:
+        """Features of the tokens after the `past` ones that the cache has seen, without those of the class tokens."""
+        num_class_tokens = self.config.num_class_tokens
         tokens = [] if past else [self._embed_labels(class_labels)]
         if reference_latents is not None:
             num_seen = max((past - num_class_tokens) // self.tokens_per_image - 1, 0)
@@ -212,13 +234,7 @@ class ARConditionEncoder(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, mask, layer_cache)
             else:
                 hidden_states = block(hidden_states, mask, layer_cache)
-
-        first = max(past - num_class_tokens, 0)
-        features = self.norm_out(hidden_states[:, max(num_class_tokens - past, 0) :])
-        condition = features + self.condition_position_embedding[:, first : first + features.shape[1]]
-        if not return_dict:
-            return condition, features
-        return ARConditionEncoderOutput(condition=condition, features=features)
+        return self.norm_out(hidden_states[:, max(num_class_tokens - past, 0) :])
 
     def _attention_mask(self, past: int, length: int) -> torch.Tensor | None:
         """Where tokens `past`..`length` may look; None, everywhere, for a single group after a cached past."""

@@ -4,11 +4,14 @@ Shapes: B batch, S query tokens, T key tokens, D width, H heads, E = D / H head 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import nn
 
 from .key_value_cache import KeyValue, KeyValueCache
@@ -124,6 +127,21 @@ class TransDiffAttention(nn.Module, AttentionModuleMixin):
             cache: keys and values of tokens before these, which self-attention sees too; extended by these.
         """
         return self.processor(self, hidden_states, encoder_hidden_states, attention_mask, cache)
+
+
+@contextmanager
+def lora_scale(model: nn.Module, attention_kwargs: dict[str, Any] | None) -> Iterator[None]:
+    """Weigh the model's active LoRA adapters by `attention_kwargs["scale"]`, if given.
+
+    diffusers' decorator `apply_lora_scale` would do, but its wrapper is one piece of code for all models, so that
+    torch.compile takes the second model for a recompilation of the first.
+    """
+    scale = (attention_kwargs or {}).get("scale", 1.0)
+    scale_lora_layers(model, scale)
+    try:
+        yield
+    finally:
+        unscale_lora_layers(model, scale)
 
 
 def feed_forward(dim: int, mlp_ratio: float, dropout: float) -> FeedForward:

@@ -14,12 +14,17 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..latents import pack_latents, unpack_latents
-from .attention import LAYER_NORM_EPS, TransDiffAttention, feed_forward, initialize_linear_and_norm_weights
+from .attention import (
+    LAYER_NORM_EPS,
+    TransDiffAttention,
+    feed_forward,
+    initialize_linear_and_norm_weights,
+    lora_scale,
+)
 from .key_value_cache import KeyValue
 
 
@@ -131,7 +136,6 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         return embedding, modulation.unflatten(-1, (6, -1))
 
     @apply_forward_hook
-    @apply_lora_scale("attention_kwargs")
     def project_condition(
         self, encoder_hidden_states: torch.Tensor, attention_kwargs: dict[str, Any] | None = None
     ) -> list[KeyValue]:
@@ -139,10 +143,10 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
 
         They depend on the condition alone: computed once, they serve every denoising step in place of the tokens.
         """
-        condition = self.condition_projection(encoder_hidden_states)
-        return [block.attn2.project_key_value(condition) for block in self.transformer_blocks]
+        with lora_scale(self, attention_kwargs):
+            condition = self.condition_projection(encoder_hidden_states)
+            return [block.attn2.project_key_value(condition) for block in self.transformer_blocks]
 
-    @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -168,6 +172,20 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
             raise ValueError(f"latents have shape {tuple(hidden_states.shape)}; expected (B, *{expected})")
         timestep = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1)
 
+        with lora_scale(self, attention_kwargs):
+            tokens = self._predict_tokens(hidden_states, timestep, encoder_hidden_states)
+        sample = unpack_latents(tokens, self.config.patch_size, height, width)
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)
+
+    def _predict_tokens(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | list[KeyValue],
+    ) -> torch.Tensor:
+        """Velocity as tokens `(B, T, C P²)`."""
         tokens = self.proj_in(pack_latents(hidden_states, self.config.patch_size)) + self.position_embedding
         if isinstance(encoder_hidden_states, torch.Tensor):
             conditions = [self.condition_projection(encoder_hidden_states)] * len(self.transformer_blocks)
@@ -182,8 +200,4 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
                 tokens = block(tokens, condition, modulation)
 
         shift, scale = (self.scale_shift_table + time_embedding[:, None]).to(tokens.dtype).chunk(2, dim=1)
-        tokens = self.proj_out(modulate(self.norm_out(tokens), shift, scale))
-        sample = unpack_latents(tokens, self.config.patch_size, height, width)
-        if not return_dict:
-            return (sample,)
-        return Transformer2DModelOutput(sample=sample)
+        return self.proj_out(modulate(self.norm_out(tokens), shift, scale))
