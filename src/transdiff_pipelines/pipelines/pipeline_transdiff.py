@@ -37,7 +37,8 @@ from .checks import (
     custom_sigmas,
     guidance_per_image,
 )
-from .class_labels import ClassLabels, ClassNames, parse_class_labels
+from .class_labels import ClassLabels, parse_class_labels
+from .class_set import ClassSetMixin
 from .hooks import check_cache, has_hooked_parts
 from .sequence_condition import Condition, SequenceCondition, conditional_half
 
@@ -63,7 +64,9 @@ class TransDiffPipelineOutput(ImagePipelineOutput):
     intermediates: list[list[Image.Image] | np.ndarray | torch.Tensor] | None = None
 
 
-class TransDiffPipeline(TransDiffLoraLoaderMixin, TransDiffSingleFileMixin, TransDiffHubMixin, DiffusionPipeline):
+class TransDiffPipeline(
+    TransDiffLoraLoaderMixin, TransDiffSingleFileMixin, TransDiffHubMixin, ClassSetMixin, DiffusionPipeline
+):
     """Class-conditional image generation with TransDiff (arXiv 2506.09482).
 
     Args:
@@ -106,8 +109,7 @@ class TransDiffPipeline(TransDiffLoraLoaderMixin, TransDiffSingleFileMixin, Tran
             guidance_per_image(guidance_scale, condition_encoder.num_images)
         self.register_to_config(id2label=id2label, guidance_scale=guidance_scale)
 
-        self._class_names = ClassNames(id2label)
-        self.labels = self._class_names.unambiguous
+        self._set_labels(id2label)
         block_out_channels = vae.config.block_out_channels if vae is not None else (1,) * 5
         self.vae_scale_factor = 2 ** (len(block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
