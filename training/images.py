@@ -1,0 +1,101 @@
+"""Image files of every kind to the pixels that a VAE encodes; what cannot be used is a `BadImage` with the reason.
+
+| image | what becomes of it |
+|---|---|
+| rotated or mirrored by its EXIF orientation | turned upright first |
+| grey, palette, CMYK, YCbCr, 1 bit | converted to RGB (to grey for a VAE with one channel), without colour management |
+| with transparency (RGBA, LA, palette or RGB with a transparent colour) | laid over white |
+| 16-bit grey (also where Pillow reads it as 32-bit integers) | scaled from 0..65535 to 0..255; outside that: bad |
+| floating point | bad: its range is unknown |
+| animated | the first frame |
+| small | enlarged; bad if its shorter side has fewer than `min_side` pixels |
+| truncated, corrupt, larger than Pillow's limit against decompression bombs | bad |
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+class BadImage(ValueError):
+    """An image that cannot be used; the message says why."""
+
+
+def read_image(source: Any, size: int, channels: int, min_side: int = 1) -> Tensor:
+    """One image, upright and centre cropped, `(channels, size, size)` in [-1, 1].
+
+    Args:
+        source: path, encoded bytes, a `{"bytes": ..., "path": ...}` dictionary as in datasets, a PIL image, or an
+            array `(height, width)` or `(height, width, channels)` of uint8 or, if grey, uint16.
+        size: side in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        min_side: images with a shorter side of fewer pixels are refused.
+
+    Raises:
+        BadImage: if the image cannot be used.
+    """
+    try:
+        with open_image(source) as image:
+            if min(image.size) < min_side:
+                raise BadImage(f"{image.width}x{image.height} pixels; the shorter side must have {min_side}")
+            upright = ImageOps.exif_transpose(image)
+            return image_to_tensor(center_crop(eight_bit(upright).convert("L" if channels == 1 else "RGB"), size))
+    except BadImage:
+        raise
+    except Exception as error:  # decoders raise whatever the damage makes them stumble on
+        raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def open_image(source: Any) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source.copy()
+    if isinstance(source, dict):
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    if isinstance(source, bytes):
+        return Image.open(io.BytesIO(source))
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source)
+    if isinstance(source, str | Path):
+        return Image.open(source)
+    raise BadImage(f"{type(source).__name__} is not an image")
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
+    """The image with 8 bits a channel and without transparency, which is laid over white."""
+    if image.mode == "F":
+        raise BadImage("floating-point pixels, whose range is unknown")
+    if image.mode.startswith("I"):  # I;16 and its byte orders; I where Pillow widens 16 bits to 32
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise BadImage(f"integer pixels from {values.min()} to {values.max()}; 0 to 65535 is understood")
+        return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop: halve while twice too large, scale the shorter side to `size`, cut out the middle square."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def image_to_tensor(image: Image.Image) -> Tensor:
+    """A grey or RGB image to `(channels, height, width)` in [-1, 1]."""
+    pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1
+    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
