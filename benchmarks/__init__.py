@@ -1,0 +1,1 @@
+"""Speed, precision and few-step quality, measured; `README.md` tells how to run and read it."""

@@ -1,0 +1,176 @@
+"""How time and memory of a call grow with batch, steps, resolution and images of an MRAR sequence.
+
+    python -m benchmarks.growth --decoder-layers 4 --output growth
+
+writes `growth.json`, `growth.md` and `growth.png`. One quantity grows, the others stay at batch 1, 4 steps, 256 px and
+1-step AR; no guidance. The slope in the log-log plot is fitted to all points: 1 is proportional growth.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from transdiff_pipelines.presets import published_model
+
+from .machine import DTYPES, CallClock, PeakMemory, describe
+from .peers import OurPipeline, Setting, random_pipeline
+from .report import command_line, markdown_table, plt, save_figure, significant, write_json, write_text
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A quantity that grows; `unit` is what the plot counts."""
+
+    name: str
+    unit: str
+    values: tuple[int, ...]
+    steps: int = 4
+
+
+AXES = (
+    Axis("batch size", "images", (1, 2, 4, 8)),
+    Axis("steps", "steps", (2, 4, 8, 16)),
+    Axis("resolution", "latent tokens", (64, 256, 1024)),
+    Axis("images in a sequence", "images", (1, 4, 16, 64), steps=1),
+)
+
+
+def setting_at(axis: Axis, value: int, base: Setting) -> Setting:
+    """The base setting with `axis` at `value`."""
+    base = replace(base, steps=axis.steps)
+    if axis.name == "batch size":
+        return replace(base, batch_size=value)
+    if axis.name == "steps":
+        return replace(base, steps=value)
+    if axis.name == "resolution":
+        return replace(base, model=replace(base.model, resolution=16 * math.isqrt(value)))
+    return replace(base, model=replace(base.model, patch_size=math.isqrt(value)))
+
+
+def point(axis: Axis, value: int, base: Setting, rounds: int) -> dict[str, Any]:
+    """Time and working memory with `axis` at `value`, after a call that is not counted."""
+    setting = setting_at(axis, value, base)
+    pipeline = random_pipeline(replace(setting.model, guidance_scale=1.0)).to(setting.dtype)
+    ours = OurPipeline(setting, pipeline)
+    ours.sample(1)
+    clocks = [CallClock(setting.device, ours.network) for _ in range(rounds)]
+    with PeakMemory(setting.device) as peak:
+        for clock in clocks:
+            clock.time(lambda: ours.sample(setting.steps))
+    return {
+        "value": value,
+        "seconds": statistics.median(clock.total for clock in clocks),
+        "cpu_seconds": statistics.median(clock.cpu for clock in clocks),
+        "working_bytes": peak.bytes,
+    }
+
+
+def slope(values: Sequence[float], results: Sequence[float]) -> float:
+    """The slope of a straight line through the logarithms, by least squares."""
+    return float(np.polyfit(np.log(values), np.log(results), 1)[0])
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Points and slopes as a Markdown table."""
+    rows = []
+    for axis in result["axes"]:
+        for point in axis["points"]:
+            memory = point["working_bytes"]
+            rows.append([
+                axis["name"],
+                f"{point['value']} {axis['unit']}",
+                significant(point["seconds"]),
+                significant(point["cpu_seconds"]),
+                significant(memory / 1e6 if memory else None),
+                f"{axis['time_slope']:.2f}",
+                significant(axis["memory_slope"]),
+            ])  # fmt: skip
+    machine = result["machine"]
+    header = ["axis", "value", "call, s", "processor time, s", "working memory, MB", "slope of time", "of memory"]
+    introduction = (
+        f"{result['model']}; {machine['processor']}, {machine['threads']} of {machine['cores']} cores, "
+        f"torch {machine['torch']}, {machine['date']}."
+    )
+    return "\n\n".join([f"`{result['command']}`", introduction, markdown_table(header, rows)])
+
+
+def figure(result: dict[str, Any]) -> Any:
+    """Time above, memory below, one column an axis, log-log."""
+    drawn, panels = plt.subplots(2, len(result["axes"]), figsize=(14, 6), squeeze=False)
+    for column, axis in enumerate(result["axes"]):
+        values = [point["value"] for point in axis["points"]]
+        seconds = [point[result["time"]] for point in axis["points"]]
+        memory = [point["working_bytes"] for point in axis["points"]]
+        top, bottom = panels[:, column]
+        top.loglog(values, seconds, "o-")
+        top.set(title=f"{axis['name']}: slope {axis['time_slope']:.2f}", ylabel="seconds")
+        if axis["memory_slope"] is not None:
+            bottom.loglog(values, [value / 1e6 for value in memory], "o-", color="C1")
+            bottom.set(title=f"slope {axis['memory_slope']:.2f}", ylabel="working memory, MB")
+        bottom.set_xlabel(axis["unit"])
+    drawn.tight_layout()
+    return drawn
+
+
+def grow(axis: Axis, base: Setting, rounds: int, time: str) -> dict[str, Any]:
+    """All points of an axis and the slopes through them."""
+    points = [point(axis, value, base, rounds) for value in axis.values]
+    memory = [entry["working_bytes"] for entry in points]
+    return {
+        "name": axis.name,
+        "unit": axis.unit,
+        "points": points,
+        "time_slope": slope(axis.values, [entry[time] for entry in points]),
+        "memory_slope": slope(axis.values, memory) if all(memory) else None,
+    }
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="transdiff_b", help="published model whose width and heads to take")
+    parser.add_argument("--decoder-layers", type=int, help="fewer blocks than it has; the encoder has twice as many")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--time", choices=["seconds", "cpu_seconds"], default="seconds", help="what slopes are fitted to"
+    )
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--output", type=Path, required=True, help="results go to OUTPUT.json, .md and .png")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line entry point."""
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model, device = published_model(options.model), torch.device(options.device)
+    layers = options.decoder_layers or model.size.decoder_layers
+    size = replace(model.size, decoder_layers=layers, encoder_layers=2 * layers)
+    base = Setting(replace(model, size=size), 1, 4, DTYPES[options.dtype], False, device)
+    result: dict[str, Any] = {
+        "command": command_line("benchmarks.growth"),
+        "machine": describe(device),
+        "model": f"width {size.width}, {layers} decoder blocks, {2 * layers} encoder blocks, {options.dtype}",
+        "time": options.time,
+        "axes": [],
+    }
+    for axis in AXES:
+        result["axes"].append(grow(axis, base, options.rounds, options.time))
+        write_json(options.output.with_suffix(".json"), result)
+        write_text(options.output.with_suffix(".md"), markdown(result))
+        save_figure(figure(result), options.output.with_suffix(".png"))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()

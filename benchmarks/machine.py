@@ -1,0 +1,132 @@
+"""The machine that a number was measured on, and time, memory and matrix products on it."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What a reader must know to compare numbers: processor, threads, versions, date."""
+    is_cuda = device.type == "cuda"
+    return {
+        "date": date.today().isoformat(),
+        "processor": torch.cuda.get_device_name(device) if is_cuda else _cpu_name(),
+        "instructions": None if is_cuda else torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "load_average": list(os.getloadavg()),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matrix_product_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
+    """The best rate of a large square matrix product, FLOP/s (two a multiply-add): the practical ceiling."""
+    side = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    left @ right
+    seconds = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        left @ right
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds)
+
+
+class PeakMemory:
+    """`with PeakMemory(device) as peak: …` then `peak.bytes`: the most memory in use above what was before.
+
+    On a CPU the resident set of the process as Linux counts it; None where there is no such count.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.bytes: int | None = None
+        self._before: int | None = None
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        elif Path("/proc/self/clear_refs").exists():
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak, to the present
+            self._before = _resident_bytes("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is None:
+            return
+        is_cuda = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if is_cuda else _resident_bytes("VmHWM")
+        self.bytes = peak - self._before
+
+
+def _resident_bytes(field: str) -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
+
+
+class CallClock:
+    """The time of one call, split at the entries of one of its modules, the denoising network.
+
+    Moments are read from the wall clock, on a GPU from events in its own queue, so that reading them makes nobody
+    wait. `cpu` is the processor time of the process: on a machine shared with others it is the steadier measure.
+    """
+
+    def __init__(self, device: torch.device, network: torch.nn.Module):
+        self.device, self.network = device, network
+        self.total = self.cpu = self.before = self.step = 0.0
+
+    def _moment(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
+
+    def time(self, call: Callable[[], Any]) -> Any:
+        """Run `call`; sets `total`, `cpu`, `before` (until the network's first entry) and `step` (the mean step)."""
+        moments: list[Any] = []
+        hook = self.network.register_forward_pre_hook(lambda *_: moments.append(self._moment()))
+        synchronize(self.device)
+        start, cpu_start, first = time.perf_counter(), time.process_time(), self._moment()
+        try:
+            result = call()
+        finally:
+            hook.remove()
+        last = self._moment()
+        synchronize(self.device)
+        self.total, self.cpu = time.perf_counter() - start, time.process_time() - cpu_start
+        if moments:
+            self.before = self._seconds(first, moments[0])
+            self.step = self._seconds(moments[0], last) / len(moments)
+        return result

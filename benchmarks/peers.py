@@ -1,0 +1,253 @@
+"""What is timed side by side: our pipeline, the released code, diffusers' DiT-XL/2; all with random weights.
+
+Every peer goes from class labels to latents. Decoding is left out here: the VAE is the same for us and the released
+code, and another one for DiT; it has a number of its own in the results.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from torch import nn
+
+from transdiff_pipelines import (
+    ARConditionEncoder,
+    FlowMatchEulerMaruyamaScheduler,
+    TransDiffPipeline,
+    TransDiffTransformer2DModel,
+    convert_original_checkpoint,
+)
+from transdiff_pipelines.presets import VAE_SCALING_FACTOR, PublishedModel
+
+from .reference import ReleasedModel
+
+
+# The sizes of DiT-XL/2 at 256 px. Its paper and its authors' sampling script use 250 steps; diffusers' pipeline, 50.
+DIT_XL_2 = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+    "norm_type": "ada_norm_zero",
+    "activation_fn": "gelu-approximate",
+    "norm_elementwise_affine": False,
+    "attention_bias": True,
+}
+DIT_STEPS = 250
+TRANSDIFF_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What to run. `steps` are those measured, for each image of an AR sequence."""
+
+    model: PublishedModel
+    batch_size: int
+    steps: int
+    dtype: torch.dtype
+    compiled: bool
+    device: torch.device
+
+    @property
+    def labels(self) -> list[int]:
+        """Different classes, as far as there are so many: equal ones would share their condition."""
+        return [(7 * number + 3) % self.model.num_classes for number in range(self.batch_size)]
+
+
+class Peer:
+    """Something that makes latents from labels."""
+
+    name: str
+    full_steps = TRANSDIFF_STEPS
+    load_seconds: float | None = None
+    compiled = False
+
+    @property
+    def network(self) -> nn.Module:
+        """The denoising network, called once a step."""
+        raise NotImplementedError
+
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters."""
+        raise NotImplementedError
+
+    def sample(self, steps: int) -> torch.Tensor:
+        """Latents of the setting's labels."""
+        raise NotImplementedError
+
+
+class OurPipeline(Peer):
+    """`TransDiffPipeline` with the published sampling settings."""
+
+    name = "transdiff_pipelines"
+
+    def __init__(self, setting: Setting, pipeline: TransDiffPipeline):
+        self.setting, self.pipeline, self.compiled = setting, pipeline.to(setting.device), setting.compiled
+        pipeline.set_progress_bar_config(disable=True)
+        if setting.compiled:
+            pipeline.condition_encoder.compile_repeated_blocks(fullgraph=True)
+            pipeline.transformer.compile_repeated_blocks(fullgraph=True)
+
+    @property
+    def network(self) -> nn.Module:
+        return self.pipeline.transformer
+
+    def weight_bytes(self) -> int:
+        return _bytes(self.pipeline.condition_encoder) + _bytes(self.pipeline.transformer)
+
+    def sample(self, steps: int) -> torch.Tensor:
+        return self.pipeline(self.setting.labels, num_inference_steps=steps, output_type="latent").images
+
+    def sample_with_noise(self, noise: torch.Tensor, step_noise: list[torch.Tensor]) -> torch.Tensor:
+        """`sample` with recorded noise `(B, C, s, s)`: the initial one, and that of every step but an image's last."""
+        num_steps = len(step_noise) // self.setting.model.num_images + 1
+        with recorded_step_noise(self.pipeline, iter(step_noise)):
+            return self.pipeline(
+                self.setting.labels, num_inference_steps=num_steps, latents=noise, output_type="latent"
+            ).images
+
+
+@contextmanager
+def recorded_step_noise(pipeline: TransDiffPipeline, draws: Iterator[torch.Tensor]) -> Iterator[None]:
+    """Make a pipeline's scheduler take each step's noise from `draws`; the last step of an image takes none."""
+    scheduler, step = pipeline.scheduler, pipeline.scheduler.step
+
+    def step_with_noise(
+        model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, **kwargs: Any
+    ) -> Any:
+        noise = None if timestep == scheduler.timesteps[-1] else next(draws)
+        return step(model_output, timestep, sample, variance_noise=noise, **kwargs)
+
+    with mock.patch.object(scheduler, "step", step_with_noise):
+        yield
+
+
+class ReleasedCode(Peer):
+    """The authors' code, see `reference.py`; never compiled, as it was released."""
+
+    name = "released code"
+
+    def __init__(self, setting: Setting, model: ReleasedModel):
+        self.setting, self.model = setting, model
+
+    @property
+    def network(self) -> nn.Module:
+        return self.model.network
+
+    def weight_bytes(self) -> int:
+        return _bytes(self.model.module)
+
+    def sample(self, steps: int) -> torch.Tensor:
+        return self.model.sample(self.setting.labels, steps)
+
+    def sample_with_noise(self, noise: torch.Tensor, step_noise: list[torch.Tensor]) -> torch.Tensor:
+        """`sample` with recorded noise."""
+        return self.model.sample_with_noise(self.setting.labels, noise, step_noise)
+
+
+class DiT(Peer):
+    """diffusers' `DiTPipeline` with a model of the size of DiT-XL/2 and the pipeline's own guidance."""
+
+    name = "diffusers DiT-XL/2"
+    full_steps = DIT_STEPS
+
+    def __init__(self, setting: Setting):
+        start = time.perf_counter()
+        self.setting = setting
+        transformer = DiTTransformer2DModel(**DIT_XL_2).to(setting.device, setting.dtype).eval()
+        # The pipeline always decodes: with this VAE, for next to nothing.
+        vae = AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=4)
+        self.pipeline = DiTPipeline(transformer, vae.to(setting.device, setting.dtype), DDIMScheduler())
+        self.pipeline.set_progress_bar_config(disable=True)
+        if setting.compiled:
+            transformer.compile_repeated_blocks(fullgraph=True)
+        self.compiled = setting.compiled
+        self.load_seconds = time.perf_counter() - start
+
+    @property
+    def network(self) -> nn.Module:
+        return self.pipeline.transformer
+
+    def weight_bytes(self) -> int:
+        return _bytes(self.pipeline.transformer)
+
+    def sample(self, steps: int) -> torch.Tensor:
+        return torch.as_tensor(self.pipeline(self.setting.labels, num_inference_steps=steps, output_type="pt").images)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def vae_of_published_size() -> AutoencoderKL:
+    """The KL-16 autoencoder of all published models, with random weights."""
+    return AutoencoderKL(
+        block_out_channels=(128, 128, 256, 256, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",) * 5,
+        layers_per_block=2,
+        latent_channels=16,
+        sample_size=256,
+        scaling_factor=VAE_SCALING_FACTOR,
+    ).eval()
+
+
+def random_pipeline(model: PublishedModel, seed: int = 0) -> TransDiffPipeline:
+    """Our pipeline of a published size with random weights, none of them zero."""
+    torch.manual_seed(seed)
+    transformer = TransDiffTransformer2DModel(**model.transformer_config())
+    nn.init.normal_(transformer.proj_out.weight, std=0.02)
+    scheduler = FlowMatchEulerMaruyamaScheduler(drift_scale=model.drift_scale, diffusion_scale=model.diffusion_scale)
+    encoder = ARConditionEncoder(**model.encoder_config())
+    return TransDiffPipeline(
+        encoder.eval(), transformer.eval(), vae_of_published_size(), scheduler, guidance_scale=model.guidance_scale
+    )
+
+
+def load_peers(setting: Setting, checkout: Path | None, with_dit: bool) -> list[Peer]:
+    """Our pipeline first, then the others asked for; the released code and ours with the same weights."""
+    peers: list[Peer] = []
+    if checkout is None:
+        start = time.perf_counter()
+        ours = OurPipeline(setting, random_pipeline(setting.model).to(setting.dtype))
+        ours.load_seconds = time.perf_counter() - start
+        peers.append(ours)
+    else:
+        peers.extend(_same_weights(setting, checkout))
+    if with_dit:
+        peers.append(DiT(setting))
+    return peers
+
+
+def _same_weights(setting: Setting, checkout: Path) -> tuple[Peer, Peer]:
+    """Random weights written in the released layout; the released code reads them, and our converter."""
+    with tempfile.TemporaryDirectory(prefix="transdiff-benchmark-") as folder:
+        path = Path(folder, "checkpoint-last.pth")
+        torch.manual_seed(0)
+        released = ReleasedModel(checkout, setting.model, setting.device, setting.dtype)
+        released.randomize(seed=0)
+        released.save(path)
+
+        theirs = ReleasedCode(setting, released)
+        start = time.perf_counter()
+        released.load(path)
+        theirs.load_seconds = time.perf_counter() - start
+
+        vae = vae_of_published_size().to(setting.dtype)
+        start = time.perf_counter()
+        pipeline = convert_original_checkpoint(path, vae, dtype=setting.dtype)
+        load_seconds = time.perf_counter() - start
+    ours = OurPipeline(setting, pipeline)
+    ours.load_seconds = load_seconds
+    return ours, theirs

@@ -1,0 +1,362 @@
+"""Time, memory and operations of sampling, side by side with peers in one run of alternating calls.
+
+    python -m benchmarks.sampling --models transdiff_b --steps 4 --reference ../TransDiff --dit --output sampling
+
+writes `sampling.json`, `sampling.md` and `sampling.png`. A call goes from class labels to latents, with the published
+guidance. Fewer steps than the paper's 100 make the run short; the full call is then computed from the measured parts,
+and the column says so.
+"""
+
+import argparse
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transdiff_pipelines.presets import PUBLISHED, published_model
+
+from .machine import DTYPES, CallClock, PeakMemory, describe, matrix_product_rate, synchronize
+from .operations import Operations, limit_arithmetic
+from .peers import DIT_STEPS, OurPipeline, Peer, ReleasedCode, Setting, load_peers
+from .report import command_line, markdown_table, plt, save_figure, significant, write_json, write_text
+
+
+# Seconds per image in the paper's Table 1, on a GPU of the A800 class.
+DIT_PAPER_SECONDS = 45.0
+NOISE_SEED = 1
+CHECKED_STEPS = 4
+
+
+def measure(peers: Sequence[Peer], setting: Setting, rounds: int, dit_steps: int) -> list[dict[str, Any]]:
+    """A row for each peer; in each round everyone is called once, the order turned round from one to the next."""
+    clocks = {peer.name: [CallClock(setting.device, peer.network) for _ in range(rounds)] for peer in peers}
+    steps = {peer.name: dit_steps if peer.full_steps == DIT_STEPS else setting.steps for peer in peers}
+    first = {}
+    for peer in peers:
+        clock = CallClock(setting.device, peer.network)
+        clock.time(lambda peer=peer: peer.sample(steps[peer.name]))
+        first[peer.name] = clock.total
+    for number in range(rounds):
+        for peer in peers if number % 2 == 0 else reversed(peers):
+            clocks[peer.name][number].time(lambda peer=peer: peer.sample(steps[peer.name]))
+    return [
+        row_of(peer, setting, steps[peer.name], clocks[peer.name], first[peer.name]) | untimed(peer, setting)
+        for peer in peers
+    ]
+
+
+def row_of(peer: Peer, setting: Setting, steps: int, clocks: list[CallClock], first: float) -> dict[str, Any]:
+    """The times of one peer; lists have an entry a round."""
+    before, step = (statistics.median(getattr(clock, name) for clock in clocks) for name in ("before", "step"))
+    num_images = setting.model.num_images if peer.full_steps != DIT_STEPS else 1
+    # With several images, the encoder's later calls lie between steps: they are in the mean step.
+    calls = num_images * peer.full_steps
+    return {
+        "peer": peer.name,
+        "model": setting.model.folder if num_images == setting.model.num_images else "DiT-XL/2",
+        "batch_size": setting.batch_size,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "compiled": peer.compiled,
+        "steps": steps,
+        "load_seconds": peer.load_seconds,
+        "first_call_seconds": first,
+        "seconds": [clock.total for clock in clocks],
+        "cpu_seconds": [clock.cpu for clock in clocks],
+        "step_seconds": [clock.step for clock in clocks],
+        "median_seconds": statistics.median(clock.total for clock in clocks),
+        "median_step_seconds": step,
+        "full_steps": peer.full_steps,
+        "full_seconds": before + calls * step,
+        "paper_seconds": DIT_PAPER_SECONDS if peer.full_steps == DIT_STEPS else setting.model.seconds_per_image,
+        "weight_bytes": peer.weight_bytes(),
+    }
+
+
+def untimed(peer: Peer, setting: Setting) -> dict[str, Any]:
+    """Operations and memory of a peer, in calls of their own."""
+    operations = Operations.of(peer.sample)
+    with PeakMemory(setting.device) as peak:
+        peer.sample(1)
+    return {
+        "flops_before": operations.before,
+        "flops_step": operations.step,
+        "working_bytes": peak.bytes,
+    }
+
+
+def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Peers over ours, pair by pair: medians and extremes of the ratios of calls, processor times and steps."""
+    ours, *others = rows
+    comparisons = []
+    for other in others:
+        comparison = {"peer": other["peer"], "over": ours["peer"], **_identity(ours)}
+        # Calls of different step counts do not compare; steps do.
+        same_steps = ours["steps"] == other["steps"]
+        for name in ("seconds", "cpu_seconds", "step_seconds") if same_steps else ("step_seconds",):
+            ratios = [theirs / mine for theirs, mine in zip(other[name], ours[name], strict=True)]
+            comparison[name] = {
+                "median": statistics.median(ratios),
+                "min": min(ratios),
+                "max": max(ratios),
+                "pairs": len(ratios),
+            }
+        comparison["operations_step"] = other["flops_step"] / ours["flops_step"]
+        full = [row["flops_before"] + row["full_steps"] * row["flops_step"] for row in (other, ours)]
+        comparison["operations_full"] = full[0] / full[1]
+        comparison["full_seconds"] = other["full_seconds"] / ours["full_seconds"]
+        comparisons.append(comparison)
+    return comparisons
+
+
+def _identity(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("model", "batch_size", "dtype", "compiled")}
+
+
+def same_latents(peers: Sequence[Peer], setting: Setting, steps: int) -> float | None:
+    """max |ours - theirs| / max |theirs| of final latents with recorded noise; None without the released code."""
+    ours = next((peer for peer in peers if isinstance(peer, OurPipeline)), None)
+    theirs = next((peer for peer in peers if isinstance(peer, ReleasedCode)), None)
+    if ours is None or theirs is None:
+        return None
+    side, count = setting.model.latent_size, setting.model.num_images * (steps - 1)
+    generator = torch.Generator().manual_seed(NOISE_SEED)
+    shape = (count + 1, setting.batch_size, 16, side, side)
+    noise, *step_noise = torch.randn(shape, generator=generator).to(setting.device)
+    result, expected = (peer.sample_with_noise(noise, step_noise) for peer in (ours, theirs))
+    return ((result - expected).abs().max() / expected.abs().max()).item()
+
+
+@torch.no_grad()
+def decode_seconds(peers: Sequence[Peer], setting: Setting) -> float | None:
+    """Seconds in which our pipeline decodes a batch of latents: the better of two."""
+    ours = next((peer for peer in peers if isinstance(peer, OurPipeline)), None)
+    if ours is None:
+        return None
+    latents = torch.randn(ours.pipeline._latents_shape(setting.batch_size), device=setting.device)
+    seconds = []
+    for _ in range(2):
+        synchronize(setting.device)
+        start = time.perf_counter()
+        ours.pipeline.decode_latents(latents, "pt")
+        synchronize(setting.device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def run_setting(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything about one setting; the memory of its models is free again afterwards."""
+    peers = load_peers(setting, options.reference, options.dit)
+    error = same_latents(peers, setting, steps=min(setting.steps, CHECKED_STEPS))
+    rows = measure(peers, setting, options.rounds, options.dit_steps)
+    decoding = decode_seconds(peers, setting) if options.decode else None
+    del peers
+    gc.collect()
+    return {
+        "rows": rows,
+        "comparisons": compare(rows),
+        "relative_error_to_released": error,
+        "decode_seconds": decoding,
+    }
+
+
+def settings_of(options: argparse.Namespace) -> list[Setting]:
+    """All combinations asked for."""
+    return [
+        Setting(
+            published_model(name),
+            batch_size,
+            options.steps,
+            DTYPES[dtype],
+            compiled == "on",
+            torch.device(options.device),
+        )
+        for name, batch_size, dtype, compiled in itertools.product(
+            options.models, options.batch_sizes, options.dtypes, options.compile
+        )
+    ]
+
+
+def main_table(result: dict[str, Any]) -> str:
+    """Rows of all settings as Markdown."""
+    header = [
+        "model",
+        "peer",
+        "batch",
+        "precision",
+        "compiled",
+        "load, s",
+        "first call, s",
+        "steps run",
+        "call, s (median)",
+        "a step, s",
+        "full call, s",
+        "s an image",
+        "paper, s an image (A800 class)",
+        "TFLOP a step",
+        "of the matrix-product rate",
+        "weights, GB",
+        "working memory, GB",
+    ]
+    rows = []
+    for row in itertools.chain.from_iterable(setting["rows"] for setting in result["settings"]):
+        rate = row["flops_step"] / row["median_step_seconds"] / num_images(row) / result["rates"][row["dtype"]]
+        computed = "" if row["steps"] == row["full_steps"] else "computed, "
+        rows.append([
+            row["model"],
+            row["peer"],
+            row["batch_size"],
+            row["dtype"],
+            "yes" if row["compiled"] else "no",
+            significant(row["load_seconds"]),
+            significant(row["first_call_seconds"]),
+            row["steps"],
+            significant(row["median_seconds"]),
+            significant(row["median_step_seconds"]),
+            f"{computed}{row['full_steps']} steps: {significant(row['full_seconds'])}",
+            significant(row["full_seconds"] / row["batch_size"]),
+            significant(row["paper_seconds"]),
+            significant(row["flops_step"] / num_images(row) / 1e12),
+            f"{rate:.0%}",
+            significant(row["weight_bytes"] / 1e9),
+            significant(row["working_bytes"] / 1e9 if row["working_bytes"] is not None else None),
+        ])  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def num_images(row: dict[str, Any]) -> int:
+    """Images in the row's AR sequence: `flops_step` is of a step of each."""
+    return PUBLISHED[row["model"]].num_images if row["model"] in PUBLISHED else 1
+
+
+def ratio_table(result: dict[str, Any]) -> str:
+    """Peers over ours as Markdown; more than 1: ours is faster."""
+    header = [
+        "model",
+        "peer over ours",
+        "batch",
+        "precision",
+        "ours compiled",
+        "call: median (min-max)",
+        "processor time",
+        "a step",
+        "pairs",
+        "limit by operations, a step",
+        "limit, full call",
+        "relative error",
+    ]
+    rows = []
+    for setting in result["settings"]:
+        for comparison in setting["comparisons"]:
+            error = setting["relative_error_to_released"] if comparison["peer"] == ReleasedCode.name else None
+            rows.append([
+                comparison["model"],
+                comparison["peer"],
+                comparison["batch_size"],
+                comparison["dtype"],
+                "yes" if comparison["compiled"] else "no",
+                *(_ratio(comparison.get(name)) for name in ("seconds", "cpu_seconds", "step_seconds")),
+                comparison["step_seconds"]["pairs"],
+                f"{comparison['operations_step']:.3f}",
+                f"{comparison['operations_full']:.3f}",
+                "—" if error is None else f"{error:.1e}",
+            ])  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def _ratio(ratio: dict[str, float] | None) -> str:
+    return "—" if ratio is None else f"{ratio['median']:.3f} ({ratio['min']:.3f}-{ratio['max']:.3f})"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables of a run with what it takes to understand them."""
+    machine = result["machine"]
+    rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in result["rates"].items())
+    parts = [
+        f"`{result['command']}`",
+        f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, torch {machine['torch']}, "
+        f"{machine['date']}; matrix products: {rates}; load average at the start {machine['load_average'][0]:.1f}.",
+        main_table(result),
+        ratio_table(result),
+        "Limits from operation counts:",
+        "\n".join(f"- {line}" for line in result["limits"]),
+    ]
+    lines = [
+        f"- {setting['rows'][0]['model']}, batch {setting['rows'][0]['batch_size']}: "
+        f"{significant(setting['decode_seconds'])} s"
+        for setting in result["settings"]
+        if setting["decode_seconds"] is not None
+    ]
+    if lines:
+        parts += ["Decoding latents to pixels, not in the calls above:", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def figure(result: dict[str, Any]) -> Any:
+    """Seconds of a step and ratios pair by pair, one bar a row."""
+    rows = [row for setting in result["settings"] for row in setting["rows"]]
+    names = [f"{row['model']} · {row['peer']} · batch {row['batch_size']} · {row['dtype']}" for row in rows]
+    names = [name + (" · compiled" if row["compiled"] else "") for name, row in zip(names, rows, strict=True)]
+    drawn, axes = plt.subplots(figsize=(9, 0.4 * len(rows) + 1))
+    colours = {peer: f"C{i}" for i, peer in enumerate(dict.fromkeys(row["peer"] for row in rows))}
+    for position, row in enumerate(rows):
+        steps = row["step_seconds"]
+        axes.barh(position, row["median_step_seconds"], color=colours[row["peer"]])
+        axes.hlines(position, min(steps), max(steps), color="black")
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds a denoising step (median, line: all rounds)")
+    return drawn
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(PUBLISHED), help="published models, by folder name")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32"])
+    parser.add_argument("--compile", nargs="+", choices=["off", "on"], default=["off"])
+    parser.add_argument("--steps", type=int, default=100, help="denoising steps to run for each image")
+    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each peer")
+    parser.add_argument("--reference", type=Path, help="checkout of the released code, to compare with")
+    parser.add_argument("--dit", action="store_true", help="compare with diffusers' DiT-XL/2")
+    parser.add_argument("--dit-steps", type=int, default=DIT_STEPS, help="denoising steps to run of DiT")
+    parser.add_argument("--decode", action="store_true", help="time the VAE too")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="processor threads; all by default")
+    parser.add_argument("--output", type=Path, required=True, help="results go to OUTPUT.json, .md and .png")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line entry point."""
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    settings = settings_of(options)
+    result: dict[str, Any] = {
+        "command": command_line("benchmarks.sampling"),
+        "machine": describe(device),
+        "rates": {name: matrix_product_rate(device, DTYPES[name]) for name in options.dtypes},
+        "limits": sorted({
+            limit_arithmetic(setting.model.size, setting.model.latent_size**2) for setting in settings
+        }),
+        "settings": [],
+    }  # fmt: skip
+    for setting in settings:
+        print(f"{setting.model.folder}, batch {setting.batch_size}, {setting.dtype}, compiled {setting.compiled}")
+        result["settings"].append(run_setting(setting, options))
+        # Written after every setting: a long run that ends early leaves what it has measured.
+        write_json(options.output.with_suffix(".json"), result)
+        write_text(options.output.with_suffix(".md"), markdown(result))
+        save_figure(figure(result), options.output.with_suffix(".png"))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
