@@ -388,12 +388,14 @@ class TestClasses:
     def test_the_arguments_are_those_of_the_base_class(self):
         """By name and default, so that a call is moved from one class to another by its own arguments alone."""
         base, img2img, inpaint = (dict(inspect.signature(cls.__call__).parameters) for cls in CLASSES)
-        del base["return_intermediates"]
+        of_the_sequence = {"return_intermediates", "reference_images", "num_ar_steps"}
+        of_conditions = {"class_labels", "condition_embeds", "negative_condition_embeds"}
+        base = {name: base[name] for name in base.keys() - of_the_sequence - of_conditions}
         assert {name: parameter.default for name, parameter in base.items()}.items() <= {
             name: parameter.default for name, parameter in img2img.items()
         }.items()
         assert inpaint.keys() - img2img.keys() == {"mask_image", "jump_length", "jump_n_sample"}
-        assert img2img.keys() - base.keys() == {"image", "strength", "references"}
+        assert img2img.keys() - base.keys() == {"image", "class_labels", "strength", "references"}
 
     def test_components_are_checked(self):
         parts = tiny_pipeline().components | {"scheduler": DDIMScheduler()}

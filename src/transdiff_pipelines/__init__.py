@@ -18,6 +18,7 @@ from .pipelines import (
     TransDiffImg2ImgPipeline,
     TransDiffInpaintPipeline,
     TransDiffPipeline,
+    blend_conditions,
     pad_for_outpainting,
 )
 from .registration import register_auto_pipelines, register_hook_targets, register_with_diffusers
@@ -52,6 +53,7 @@ __all__ = [
     "TransDiffInpaintPipeline",
     "TransDiffPipeline",
     "TransDiffTransformer2DModel",
+    "blend_conditions",
     "convert_original_checkpoint",
     "pad_for_outpainting",
 ]

@@ -1,3 +1,4 @@
+from .condition_blending import blend_conditions
 from .outpainting import pad_for_outpainting
 from .pipeline_transdiff import TransDiffPipeline, TransDiffPipelineOutput
 from .pipeline_transdiff_img2img import TransDiffImg2ImgPipeline
@@ -9,5 +10,6 @@ __all__ = [
     "TransDiffInpaintPipeline",
     "TransDiffPipeline",
     "TransDiffPipelineOutput",
+    "blend_conditions",
     "pad_for_outpainting",
 ]

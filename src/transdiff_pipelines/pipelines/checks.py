@@ -162,6 +162,16 @@ def check_count(name: str, count: int) -> None:
         raise ValueError(f"{name} is {count}; at least 1 is needed")
 
 
+def check_ar_steps(num_ar_steps: int | None, num_images: int) -> int:
+    """The images of a sequence to make, `num_images` by default; raise unless they are 1..num_images."""
+    if num_ar_steps is None:
+        return num_images
+    check_count("num_ar_steps", num_ar_steps)
+    if num_ar_steps > num_images:
+        raise ValueError(f"num_ar_steps is {num_ar_steps}, but there are {num_images} image(s) to a sequence here")
+    return num_ar_steps
+
+
 def check_strength(strength: float) -> None:
     """Raise TypeError or ValueError unless `strength` is a number in [0, 1]."""
     if isinstance(strength, bool) or not isinstance(strength, (int, float)):

@@ -18,14 +18,12 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ..loaders.hub import TransDiffHubMixin
 from ..loaders.lora import TransDiffLoraLoaderMixin
 from ..loaders.single_file import TransDiffSingleFileMixin
 from ..models import ARConditionEncoder, TransDiffTransformer2DModel
 from ..models.alignment import align_weights
-from ..models.key_value_cache import KeyValueCache
 from .checks import (
     check_components,
     check_count,
@@ -37,10 +35,12 @@ from .checks import (
     custom_sigmas,
     guidance_per_image,
 )
-from .class_labels import ClassLabels, parse_class_labels
+from .class_labels import ClassLabels
 from .class_set import ClassSetMixin
 from .hooks import check_cache, has_hooked_parts
-from .sequence_condition import Condition, SequenceCondition, conditional_half
+from .reference_images import ReferenceImages, reference_latents
+from .sequence import SequenceMixin
+from .sequence_condition import Condition, ConditionEmbeds, check_sequence_arguments, conditional_half
 
 
 # The transformer's timestep for σ = 1, whatever the scheduler.
@@ -65,7 +65,12 @@ class TransDiffPipelineOutput(ImagePipelineOutput):
 
 
 class TransDiffPipeline(
-    TransDiffLoraLoaderMixin, TransDiffSingleFileMixin, TransDiffHubMixin, ClassSetMixin, DiffusionPipeline
+    TransDiffLoraLoaderMixin,
+    TransDiffSingleFileMixin,
+    TransDiffHubMixin,
+    ClassSetMixin,
+    SequenceMixin,
+    DiffusionPipeline,
 ):
     """Class-conditional image generation with TransDiff (arXiv 2506.09482).
 
@@ -164,26 +169,6 @@ class TransDiffPipeline(
             ValueError: a name is unknown (the nearest matches are named) or means several classes.
         """
         return [self._class_names.id_of(name) for name in ([label] if isinstance(label, str) else label)]
-
-    def encode_condition(
-        self,
-        class_labels: torch.Tensor,
-        reference_latents: torch.Tensor | None = None,
-        cache: list[KeyValueCache] | None = None,
-    ) -> torch.Tensor:
-        """Condition tokens `(B, M, D)` of class ids `(B,)` and scaled latents `(B, n, C, s, s)` of earlier images.
-
-        The id `num_classes` is the null class, the unconditional branch of guidance. With a `cache` from
-        `condition_encoder.new_cache()` a sequence is encoded group by group, see `ARConditionEncoder.forward`.
-        """
-        condition = self.condition_encoder(
-            class_labels,
-            reference_latents,
-            attention_kwargs=self.attention_kwargs,
-            cache=cache,
-            return_dict=False,
-        )[0]
-        return condition.to(self.transformer.dtype)
 
     def prepare_latents(
         self,
@@ -322,7 +307,7 @@ class TransDiffPipeline(
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: ClassLabels,
+        class_labels: ClassLabels | None = None,
         guidance_scale: float | list[float] | None = None,
         num_inference_steps: int = 100,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -337,6 +322,10 @@ class TransDiffPipeline(
         guidance_interval: tuple[float, float] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         timesteps: Sequence[float] | None = None,
+        reference_images: ReferenceImages | None = None,
+        num_ar_steps: int | None = None,
+        condition_embeds: ConditionEmbeds | None = None,
+        negative_condition_embeds: ConditionEmbeds | None = None,
     ) -> Any:
         """Generate images of the classes asked for.
 
@@ -357,6 +346,13 @@ class TransDiffPipeline(
             guidance_interval: `(low, high)` in σ; outside it steps go without guidance and its second branch.
             attention_kwargs: `{"scale": s}` weighs the active LoRA adapters by s in this call.
             timesteps: `sigmas` in the transformer's unit, 1000 σ.
+            reference_images: with MRAR, images that start the sequence in place of generated ones: a list of n for
+                each label, see `reference_images.reference_latents` for what they may be; N - n images are made.
+            num_ar_steps: stop after this image of the sequence, given ones counted; all N by default.
+            condition_embeds: instead of labels, condition tokens `(B, M, D)` to decode one image from, any number of
+                them; or a function that makes those of each image of the sequence, called with the images so far
+                `(B, i, C, s, s)`, None for the first. See `encode_condition` and `blend_conditions`.
+            negative_condition_embeds: the unconditional branch to these; by default that of the null class.
 
         Returns:
             `TransDiffPipelineOutput`, or a tuple of its entries without `return_dict`.
@@ -370,12 +366,21 @@ class TransDiffPipeline(
         check_count("num_images_per_label", num_images_per_label)
         sigmas = custom_sigmas(sigmas, timesteps, NUM_TRAIN_TIMESTEPS)
         num_inference_steps = self._check_steps(num_inference_steps, sigmas)
-        guidance_scales = self._resolve_guidance(guidance_scale)
-        label_ids = parse_class_labels(class_labels, self._class_names, self.condition_encoder.config.num_classes)
-        label_ids = [label for label in label_ids for _ in range(num_images_per_label)]
-        batch_size = len(label_ids)
+        check_sequence_arguments(class_labels, condition_embeds, negative_condition_embeds, reference_images)
+        guidance_scales = self._resolve_guidance(guidance_scale, num_ar_steps, condition_embeds)
+        if condition_embeds is None:
+            source = self._label_condition(class_labels, num_images_per_label, guidance_scales)
+        else:
+            embeds = (condition_embeds, negative_condition_embeds)
+            source = self._given_condition(*embeds, num_images_per_label, guidance_scales, attention_kwargs)
+        batch_size = source.batch_size
         check_latents(latents, self._latents_shape(batch_size))
         check_generator(generator, batch_size)
+        references = None
+        if reference_images is not None:
+            num_labels = batch_size // num_images_per_label
+            references = reference_latents(self, reference_images, num_labels, len(guidance_scales))
+            references = references.repeat_interleave(num_images_per_label, dim=0)
 
         # One initial noise for all images of the sequence: only the condition and the steps' noise differ.
         noise = self.prepare_latents(batch_size, generator, latents)
@@ -389,7 +394,7 @@ class TransDiffPipeline(
             generator=generator,
             on_step_end=self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs),
         )
-        sequence = self._make_sequence(label_ids, guidance_scales, denoise, attention_kwargs)
+        sequence = self._run_sequence(source, guidance_scales, denoise, attention_kwargs, references)
 
         images = self.decode_latents(sequence[-1], output_type)
         intermediates = None
@@ -399,37 +404,6 @@ class TransDiffPipeline(
         if not return_dict:
             return (images,) if intermediates is None else (images, intermediates)
         return TransDiffPipelineOutput(images=images, intermediates=intermediates)
-
-    def _make_sequence(
-        self,
-        label_ids: list[int],
-        guidance_scales: list[float],
-        make_image: Callable[[torch.Tensor], torch.Tensor],
-        attention_kwargs: dict[str, Any] | None = None,
-    ) -> list[torch.Tensor]:
-        """Latents of all images of B AR sequences, each made by `make_image` under the condition of those before."""
-        guided = any(scale != 1.0 for scale in guidance_scales)
-        conditions = SequenceCondition(
-            self.encode_condition, self.condition_encoder, label_ids, guided, self._execution_device
-        )
-        sequence: list[torch.Tensor] = []
-        self._interrupt, self._attention_kwargs = False, attention_kwargs
-        try:
-            with self._sequence_progress() as progress:
-                for ar_step, scale in enumerate(guidance_scales):
-                    self._current_ar_step, self._guidance_scale = ar_step, scale
-                    condition = conditions.extend(sequence[-1] if sequence else None)
-                    sequence.append(make_image(condition))
-                    progress.update()
-                    if self.interrupt:
-                        break
-        except BaseException:
-            self.maybe_free_model_hooks()
-            raise
-        finally:
-            # Nothing of a call is left behind, however it ends.
-            self._current_ar_step = self._current_timestep = self._attention_kwargs = None
-        return sequence
 
     def _step_callback(
         self, callback: Callable[..., dict[str, Any] | None] | None, tensor_inputs: Sequence[str]
@@ -443,20 +417,6 @@ class TransDiffPipeline(
             return callback(self, next(steps), timestep, {name: tensors[name] for name in tensor_inputs}) or {}
 
         return on_step_end
-
-    def _sequence_progress(self) -> Any:
-        """Progress over the images of an AR sequence; a single image needs no bar beside that of its steps."""
-        num_images = self.condition_encoder.num_images
-        if num_images == 1:
-            return tqdm(disable=True)
-        progress = self.progress_bar(total=num_images)
-        progress.set_description("images of the sequence")
-        return progress
-
-    def _resolve_guidance(self, guidance_scale: float | list[float] | None) -> list[float]:
-        if guidance_scale is None:
-            guidance_scale = self.config.guidance_scale
-        return guidance_per_image(1.0 if guidance_scale is None else guidance_scale, self.condition_encoder.num_images)
 
     def _check_steps(self, num_inference_steps: int, sigmas: Sequence[float] | None) -> int:
         """The number of steps, which a time grid of the caller's own decides."""

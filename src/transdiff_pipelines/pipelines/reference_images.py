@@ -1,0 +1,110 @@
+"""Images that a user gives a pipeline: to pixels of the model's size, and to scaled latents.
+
+Shapes: B sequences, n reference images each, C latent channels, s latent side, H = W pixels.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image, ImageOps
+
+from .image_inputs import check_images, is_latents
+
+
+if TYPE_CHECKING:
+    from .pipeline_transdiff import TransDiffPipeline
+
+# One of these for each image: a PIL image, an array or a tensor in [0, 1], a path, or scaled latents (C, s, s).
+ReferenceImages = Sequence[Any] | torch.Tensor
+
+_PROCESSOR = VaeImageProcessor(do_resize=False, do_normalize=False)
+
+
+def reference_latents(
+    pipe: "TransDiffPipeline", reference_images: ReferenceImages, num_labels: int, num_ar_steps: int
+) -> torch.Tensor:
+    """Scaled latents `(B, n, C, s, s)` of the images that start the AR sequences of B labels.
+
+    Args:
+        reference_images: for each label a list of n images of its class; for a single label the list alone will do;
+            or scaled latents `(B, n, C, s, s)`. PIL images and paths are cropped to the centre square and resized;
+            arrays `(H, W, 3)` and tensors `(3, H, W)` in [0, 1] must have the model's size; a tensor `(C, s, s)`
+            holds scaled latents.
+        num_labels: B.
+        num_ar_steps: images of the sequence, the references counted.
+
+    Raises:
+        ValueError, TypeError: too many images for the sequence, lists that do not fit the labels, or an image that
+            cannot be used.
+    """
+    shape = pipe._latents_shape(1)[1:]
+    if isinstance(reference_images, torch.Tensor):
+        if reference_images.ndim != 5 or tuple(reference_images.shape[2:]) != shape:
+            raise ValueError(
+                f"reference_images is a tensor of shape {tuple(reference_images.shape)}; expected scaled latents "
+                f"({num_labels}, n, {', '.join(map(str, shape))}); pass images as a list"
+            )
+        _check_counts([reference_images.shape[1]] * len(reference_images), num_labels, num_ar_steps)
+        return reference_images.to(pipe._execution_device, torch.float32)
+    groups = _as_groups(reference_images, num_labels)
+    _check_counts([len(group) for group in groups], num_labels, num_ar_steps)
+    pictures = [_load(image, shape, _image_side(pipe)) for group in groups for image in group]
+    latents = [picture if picture.shape == shape else _encode(pipe, picture) for picture in pictures]
+    return torch.stack(latents).to(pipe._execution_device, torch.float32).unflatten(0, (num_labels, -1))
+
+
+def _as_groups(images: Any, num_labels: int) -> list[list[Any]]:
+    """A list of images for each label; a flat list belongs to a single label."""
+    if not isinstance(images, (list, tuple)):
+        images = [images]
+    nested = [isinstance(image, (list, tuple)) for image in images]
+    if not any(nested) and num_labels == 1:
+        return [list(images)]
+    if not all(nested) or len(images) != num_labels:
+        raise ValueError(
+            f"reference_images has {len(images)} entries for {num_labels} label(s); expected a list of images for "
+            "each label: [[image, ...], ...]"
+        )
+    return [list(group) for group in images]
+
+
+def _check_counts(counts: list[int], num_labels: int, num_ar_steps: int) -> None:
+    if num_ar_steps == 1:
+        raise ValueError("reference_images were given, but there is one image to a sequence here, which reads none")
+    if len(counts) != num_labels:
+        raise ValueError(f"reference_images are given for {len(counts)} label(s), but there are {num_labels}")
+    if len(set(counts)) > 1 or not 1 <= counts[0] < num_ar_steps:
+        raise ValueError(
+            f"reference_images has {counts} images per label; expected the same number for all, from 1 to "
+            f"{num_ar_steps - 1}: the sequence has {num_ar_steps} images and the last is generated"
+        )
+
+
+def _image_side(pipe: "TransDiffPipeline") -> int:
+    return pipe.transformer.config.sample_size * pipe.vae_scale_factor
+
+
+def _load(image: Any, latents_shape: tuple[int, ...], side: int) -> torch.Tensor:
+    """Pixels `(3, H, W)` in [0, 1], or scaled latents `(C, s, s)` as they are."""
+    if isinstance(image, torch.Tensor) and image.ndim == 3 and is_latents(image, latents_shape):
+        return image
+    if isinstance(image, (str, os.PathLike)):
+        if not Path(image).is_file():
+            raise ValueError(f"reference image {str(image)!r} is not a file; pass the path of a picture")
+        with Image.open(image) as picture:
+            image = ImageOps.exif_transpose(picture)
+    if isinstance(image, Image.Image):
+        image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+    check_images(image, side)
+    return _PROCESSOR.preprocess(image)[0].float()
+
+
+def _encode(pipe: "TransDiffPipeline", pixels: torch.Tensor) -> torch.Tensor:
+    """The posterior's mode, so that references take no random numbers and one seed keeps one noise."""
+    pixels = (2 * pixels[None] - 1).to(pipe._execution_device, pipe.vae.dtype)
+    latents = pipe.vae.encode(pixels).latent_dist.mode().float()[0]
+    return (latents - (pipe.vae.config.shift_factor or 0.0)) * pipe.vae.config.scaling_factor
