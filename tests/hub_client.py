@@ -235,6 +235,15 @@ def a_repository_with_code_needs_no_trust(folder: Path) -> None:
 
 
 @check("load")
+def its_code_can_be_trusted_all_the_same(folder: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained("tester/tiny-code", trust_remote_code=True)
+    assert same_as_pushed(folder, pipe)
+    assert type(pipe).__module__.startswith("diffusers_modules.")
+
+
+@check("load")
 def saved_again_without_code_it_is_as_any_other(folder: Path) -> None:
     from transdiff_pipelines import TransDiffPipeline
 
