@@ -71,6 +71,14 @@ def test_unchanged_digits_are_at_no_distance_and_recognised(real: tuple) -> None
     assert row["target"] < 0.1
 
 
+def test_seam_is_the_step_at_the_band_s_edges(real: tuple) -> None:
+    reference, images, labels = (real[0], real[1][:4], real[2][:4])
+    masks = editing.band_masks(4, seed=0)
+    flat, stepped = np.zeros_like(images), np.broadcast_to(0.25 * masks[..., None], images.shape)
+    measured = [editing.measure_restoration(reference, images, masks, labels, x)["seam"] for x in (flat, stepped)]
+    assert measured == [0, 0.25]
+
+
 def test_swaps_start_at_the_vae_s_image_and_forget_it_at_the_end(pipeline: TransDiffPipeline, real: tuple) -> None:
     images = real[1][:2]
     swapped = editing.swap_classes(pipeline, images, (0.0, 0.5, 1.0), seed=0, num_inference_steps=2)
@@ -110,5 +118,5 @@ def test_command_line(
     assert named["masked"]["recognition"] < named["original"]["recognition"]
     assert named["resampled"]["known_error_max"] == 0
     assert "| strength | recognised as 8, %" in capsys.readouterr().out
-    assert Image.open(tmp_path / "pictures" / "editing_restoration.png").size == (20 * 64, 4 * 64)
-    assert Image.open(tmp_path / "pictures" / "editing_swap.png").size == (3 * 64, 8 * 64)
+    assert Image.open(tmp_path / "pictures" / "editing_restoration.png").size == (20 * 66, 4 * 66)
+    assert Image.open(tmp_path / "pictures" / "editing_swap.png").size == (3 * 66, 8 * 66)
