@@ -59,7 +59,9 @@ class TestConditionEncoder:
         condition = encoder(LABELS, given).condition
         group = encoder.tokens_per_image
         for i in range(4):
-            (gradient,) = torch.autograd.grad(condition[:, i * group : (i + 1) * group].sum(), given, retain_graph=True)
+            (gradient,) = torch.autograd.grad(
+                condition[:, i * group : (i + 1) * group].sum(), given, retain_graph=True
+            )
             seen = gradient.abs().amax(dim=(0, 2, 3, 4)) > 0
             assert seen.tolist() == [image < i for image in range(3)]
 
@@ -158,7 +160,12 @@ class TestTransformer:
     def test_fresh_model_predicts_zero(self):
         torch.manual_seed(0)
         transformer = TransDiffTransformer2DModel(
-            sample_size=4, in_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16
+            sample_size=4,
+            in_channels=4,
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            cross_attention_dim=16,
         )
         assert (velocity(transformer.eval()) == 0).all()
 
