@@ -50,7 +50,7 @@ def test_a_file_defines_its_class_and_imports_nothing_unusual(cls: type) -> None
 
 def test_conversion_stays_in_the_package() -> None:
     source = exported(transdiff_pipelines.TransDiffPipeline)
-    assert "convert" not in source
+    assert "convert_original" not in source
     assert "self_contained_source" not in source
     assert "class TransDiffLoraLoaderMixin" in source
 
