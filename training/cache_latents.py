@@ -1,141 +1,159 @@
-"""Encode a folder of images into a latent cache: `accelerate launch -m training.cache_latents --config FILE`.
+"""Encode images into a latent cache: `accelerate launch -m training.cache_latents --config FILE`.
 
-The folder holds one sub-folder per class; classes are numbered in natural order of their names ("2" before "10"), and
-images are taken in natural order too. Work is split over processes by shard, a killed run continues with the shards
-that are missing, and images that cannot be read are skipped, counted and named.
+Images come from a folder or a Hugging Face dataset (see `sources`). They are cut into parts of `data.shard_size`
+images; each part becomes a shard that depends on its images alone, not on the number of processes. A killed run
+continues with the parts that are missing, and images that cannot be used are skipped, counted and named.
 """
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
 import os
-import re
 import sys
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import datasets
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import ConfigError, DataConfig, config_or_exit
-from .latent_cache import FORMAT, CacheError, LatentCache, check_settings, module_fingerprint, write_json
+from .config import ConfigError, DataConfig, config_or_exit, require
+from .images import BadImage, read_image
+from .latent_cache import FORMAT, CacheError, LatentCache, check_settings, load_vae, module_fingerprint, write_json
+from .sources import Example, Source, open_source
 
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-
-
-@dataclass(frozen=True)
-class ImageList:
-    """An image folder: class names in index order, and every image with its class index."""
-
-    root: Path
-    classes: list[str]
-    files: list[tuple[Path, int]]
-
-    def digest(self) -> str:
-        """Changes when an image is added, removed, renamed or resized on disk."""
-        lines = [f"{path.relative_to(self.root).as_posix()} {path.stat().st_size}" for path, _ in self.files]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def natural_key(text: str) -> list[tuple[int, int, str]]:
-    """Sort key under which "img2" stands before "img10"."""
-    parts = re.split(r"(\d+)", text)
-    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts if part]
-
-
-def list_images(root: str | Path) -> ImageList:
-    """The images of a folder with one sub-folder per class.
-
-    Raises:
-        CacheError: if the folder is missing or holds no class folder with images.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise CacheError(f"image folder {root} does not exist (data.images)")
-    folders = sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: natural_key(path.name))
-    found = [(folder.name, sorted_images(folder)) for folder in folders if not folder.name.startswith(".")]
-    empty = [name for name, images in found if not images]
-    if empty or not found:
-        problem = f"class folders without images: {', '.join(empty[:5])}" if empty else "no class folders"
-        raise CacheError(f"{root} has {problem}; put images into one sub-folder per class")
-    files = [(path, label) for label, (_, images) in enumerate(found) for path in images]
-    return ImageList(root, [name for name, _ in found], files)
-
-
-def sorted_images(folder: Path) -> list[Path]:
-    images = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    return sorted(images, key=lambda path: natural_key(path.relative_to(folder).as_posix()))
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop: halve while twice too large, scale the shorter side to `size`, cut out the middle square."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def image_to_tensor(image: Image.Image) -> Tensor:
-    """A grey or RGB image to `(channels, height, width)` in [-1, 1]."""
-    pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1
-    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
-
-
-def read_image(path: Path, size: int, channels: int) -> Tensor:
-    """One image, centre cropped, `(channels, size, size)` in [-1, 1]."""
-    with Image.open(path) as image:
-        return image_to_tensor(center_crop(image.convert("L" if channels == 1 else "RGB"), size))
+BATCHES_AHEAD = 2  # decoded while the VAE encodes
 
 
 class ShardWriter:
-    """Encodes ranges of images into shards."""
+    """Encodes this process's share of a source into shards.
 
-    def __init__(self, images: ImageList, vae: AutoencoderKL, data: DataConfig, device: torch.device) -> None:
-        self.images, self.vae, self.data, self.device = images, vae.to(device).eval(), data, device
-        self.num_shards = -(-len(images.files) // data.shard_size)
+    With at least as many streams as processes each process reads streams of its own; otherwise all go over every
+    stream, which is cheap, and each encodes parts of its own.
 
-    def path(self, shard: int) -> Path:
-        return Path(self.data.cache) / f"moments-{shard:05d}.safetensors"
+    Attributes:
+        encoded, seconds: images encoded so far, and the time it took.
+    """
 
-    def files(self, shard: int) -> list[tuple[Path, int]]:
-        return self.images.files[shard * self.data.shard_size : (shard + 1) * self.data.shard_size]
+    def __init__(
+        self, source: Source, vae: AutoencoderKL, data: DataConfig, device: torch.device, rank: int, world_size: int
+    ) -> None:
+        self.source, self.vae, self.data, self.device = source, vae.to(device).eval(), data, device
+        self.rank, self.world_size = rank, world_size
+        self.folder = Path(data.cache)
+        self.encoded, self.seconds = 0, 0.0
+        self.threads = min(8, max(1, (os.cpu_count() or 1) // world_size))
 
-    def write(self, shard: int, progress: tqdm) -> None:
+    def path(self, stream: int, part: int) -> Path:
+        return self.folder / f"moments-{stream:05d}-{part:05d}.safetensors"
+
+    def marker(self, stream: int) -> Path:
+        """Written when the end of a stream was reached: tells how many parts it has."""
+        return self.folder / f"stream-{stream:05d}.json"
+
+    def parts(self, stream: int) -> list[Path] | None:
+        """The shards of a stream, written or not; None if its end was never reached."""
+        if not self.marker(stream).exists():
+            return None
+        count = json.loads(self.marker(stream).read_text(encoding="utf-8"))["parts"]
+        return [self.path(stream, part) for part in range(count)]
+
+    def is_mine(self, stream: int, part: int) -> bool:
+        by_stream = self.source.num_streams >= self.world_size
+        return (stream if by_stream else part) % self.world_size == self.rank
+
+    def todo(self) -> int | None:
+        """How many images this process has to encode, if that can be known."""
+        length, size = self.source.length, self.data.shard_size
+        if length is None:
+            return None
+        missing = [
+            part for part in range(-(-length // size)) if self.is_mine(0, part) and not self.path(0, part).exists()
+        ]
+        return sum(min(size, length - part * size) for part in missing)
+
+    def write_all(self, progress: tqdm) -> None:
+        """Encode what is missing of this process's share."""
+        start = time.perf_counter()
+        by_stream = self.source.num_streams >= self.world_size
+        for stream in range(self.source.num_streams):
+            parts = self.parts(stream)
+            complete = parts is not None and all(path.exists() for path in parts)
+            if not complete and (not by_stream or stream % self.world_size == self.rank):
+                self.write_stream(stream, progress)
+        self.seconds = time.perf_counter() - start
+
+    def write_stream(self, stream: int, progress: tqdm) -> None:
+        examples = self.source.examples(stream)
+        part = 0
+        while (first := next(examples, None)) is not None:
+            rest = itertools.islice(examples, self.data.shard_size - 1)
+            if self.is_mine(stream, part) and not self.path(stream, part).exists():
+                self.write(self.path(stream, part), itertools.chain([first], rest), progress)
+            else:
+                deque(rest, maxlen=0)  # pass over them
+            part += 1
+        if self.rank == 0 or self.source.num_streams >= self.world_size:
+            write_json(self.marker(stream), {"parts": part})
+
+    def write(self, path: Path, examples: Iterable[Example], progress: tqdm) -> None:
         """Encode one shard and put it in place atomically."""
-        moments: list[Tensor] = []
-        labels: list[int] = []
-        skipped: list[str] = []
-        files = self.files(shard)
-        for start in range(0, len(files), self.data.encode_batch_size):
+        moments, labels, skipped = [self.no_moments()], [], []
+        for batch in self.decoded(examples):
             pixels = []
-            for path, label in files[start : start + self.data.encode_batch_size]:
-                try:
-                    pixels.append(read_image(path, self.data.image_size, self.vae.config.in_channels))
-                    labels.append(label)
-                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-                    skipped.append(path.relative_to(self.images.root).as_posix())
-                progress.update()
+            for example, outcome in batch:
+                if isinstance(outcome, str):
+                    skipped.append((example.name, outcome))
+                else:
+                    pixels.append(outcome)
+                    labels.append(example.label)
             if pixels:
                 moments.append(self.encode(torch.stack(pixels)))
-        if not moments:
-            raise CacheError(f"none of the {len(files)} images of shard {shard} can be read, {skipped[0]} among them")
+            progress.update(len(batch))
         mean, std = torch.cat(moments).chunk(2, dim=2)
-        tensors = {"mean": mean.contiguous(), "std": std.contiguous(), "labels": torch.tensor(labels)}
-        temporary = self.path(shard).with_suffix(f".{os.getpid()}.partial")
-        save_file(tensors, temporary, metadata={"skipped": "\n".join(skipped)})
-        os.replace(temporary, self.path(shard))
+        tensors = {"mean": mean.contiguous(), "std": std.contiguous(), "labels": torch.tensor(labels).long()}
+        summary = {"skipped": skipped} | sums(mean, std)
+        temporary = path.with_suffix(f".{os.getpid()}.partial")
+        save_file(tensors, temporary, metadata={"summary": json.dumps(summary)})
+        os.replace(temporary, path)
+        self.encoded += len(labels)
+        if skipped:
+            name, reason = skipped[0]
+            tqdm.write(f"{path.name}: {len(skipped)} image(s) skipped, the first is {name}: {reason}")
+
+    def decoded(self, examples: Iterable[Example]) -> Iterator[list[tuple[Example, Tensor | str]]]:
+        """Batches of examples with their pixels, or with the reason why there are none; decoded ahead in threads."""
+        pending: deque[list[tuple[Example, Future[Tensor | str]]]] = deque()
+        examples = iter(examples)
+        with ThreadPoolExecutor(self.threads) as pool:
+            while batch := list(itertools.islice(examples, self.data.encode_batch_size)):
+                pending.append([(example, pool.submit(self.pixels, example)) for example in batch])
+                if len(pending) > BATCHES_AHEAD:
+                    yield [(example, future.result()) for example, future in pending.popleft()]
+            while pending:
+                yield [(example, future.result()) for example, future in pending.popleft()]
+
+    def pixels(self, example: Example) -> Tensor | str:
+        """An example's pixels, or why it cannot be used."""
+        if example.problem:
+            return example.problem
+        try:
+            source = example.load()
+            return read_image(source, self.data.image_size, self.vae.config.in_channels, self.data.min_side)
+        except BadImage as error:
+            return str(error)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -145,50 +163,89 @@ class ShardWriter:
         moments = torch.stack([torch.cat([posterior.mean, posterior.std], dim=1) for posterior in posteriors], dim=1)
         return moments.to("cpu", getattr(torch, self.data.dtype))
 
+    def no_moments(self) -> Tensor:
+        """Moments of no images, `(0, V, 2 C, s, s)`: a shard whose images are all bad is empty."""
+        size, config = self.data.image_size, self.vae.config
+        side = size // 2 ** (len(config.block_out_channels) - 1)
+        shape = (0, 2 if self.data.mirror else 1, 2 * config.latent_channels, side, side)
+        return torch.zeros(shape, dtype=getattr(torch, self.data.dtype))
 
-def cache_settings(images: ImageList, vae: AutoencoderKL, data: DataConfig) -> dict[str, Any]:
+
+def sums(mean: Tensor, std: Tensor) -> dict[str, float]:
+    """What the mean and standard deviation of posterior samples follow from."""
+    mean, std = mean.double(), std.double()
+    return {
+        "numbers": mean.numel(),
+        "sum": mean.sum().item(),
+        "sum_of_squares": (mean.square() + std.square()).sum().item(),
+    }
+
+
+def check_vae(vae: AutoencoderKL, image_size: int) -> None:
+    stride, channels = 2 ** (len(vae.config.block_out_channels) - 1), vae.config.in_channels
+    require(image_size % stride == 0, f"data.image_size is {image_size}; the VAE needs a multiple of {stride}")
+    require(channels in (1, 3), f"data.vae takes images of {channels} channels; grey (1) and RGB (3) can be cached")
+
+
+def cache_settings(source: Source, vae: AutoencoderKL, data: DataConfig) -> dict[str, Any]:
     """Everything the cached moments depend on."""
     return {
         "format": FORMAT,
         "vae_fingerprint": module_fingerprint(vae, dict(vae.config)),
         "scaling_factor": vae.config.scaling_factor,
+        "shift_factor": vae.config.shift_factor,
         "image_size": data.image_size,
+        "min_side": data.min_side,
         "crop": "adm_center",
         "mirror": data.mirror,
         "dtype": data.dtype,
         "shard_size": data.shard_size,
-        "images": images.digest(),
-        "classes": images.classes,
+        "images": source.digest,
+        "classes": source.classes,
     }
 
 
-def cache_latents(data: DataConfig) -> LatentCache:
-    """Encode `data.images` with `data.vae` into `data.cache`, doing only what is missing.
+def cache_latents(data: DataConfig, dataset: datasets.Dataset | datasets.IterableDataset | None = None) -> LatentCache:
+    """Encode the images of `data` with `data.vae` into `data.cache`, doing only what is missing.
+
+    Args:
+        data: the data section of a configuration.
+        dataset: a dataset to read in place of `data.images` and `data.dataset`, with the columns that `data` names.
 
     Raises:
         CacheError: if the folder holds a cache made with other settings, or if there are no readable images.
+        ConfigError: if columns, classes or sizes do not fit.
     """
-    if data.images is None:
-        raise ConfigError("data.images is missing: the folder with one sub-folder per class")
     state = PartialState()
-    images = list_images(data.images)
-    vae = AutoencoderKL.from_pretrained(data.vae)
-    writer = ShardWriter(images, vae, data, state.device)
-    settings = cache_settings(images, vae, data)
-    folder = Path(data.cache)
+    with state.main_process_first():  # the others find a dataset prepared
+        source = open_source(data, dataset)
+    vae = load_vae(data.vae)
+    check_vae(vae, data.image_size)
+    writer = ShardWriter(source, vae, data, state.device, state.process_index, state.num_processes)
+    settings = cache_settings(source, vae, data)
     with state.main_process_first():
-        prepare_folder(folder, settings)
-    missing = [shard for shard in range(writer.num_shards) if not writer.path(shard).exists()]
-    mine = missing[state.process_index :: state.num_processes]
-    total = sum(len(writer.files(shard)) for shard in mine)
-    with tqdm(total=total, desc="encoding", unit="image", disable=not state.is_local_main_process) as progress:
-        for shard in mine:
-            writer.write(shard, progress)
+        prepare_folder(writer.folder, settings)
+    hide = not state.is_local_main_process
+    with tqdm(total=writer.todo(), desc="encoding", unit="image", disable=hide, mininterval=1) as progress:
+        writer.write_all(progress)
     state.wait_for_everyone()
+    speeds = gather_object([(writer.encoded, writer.seconds)])
     if state.is_main_process:
         write_index(writer, settings)
+        print(speed(speeds))
     state.wait_for_everyone()
-    return LatentCache(folder)
+    return LatentCache(writer.folder)
+
+
+def speed(measured: list[tuple[int, float]]) -> str:
+    """A line on the images that each process encoded and the seconds it took."""
+    images, seconds = sum(count for count, _ in measured), max(seconds for _, seconds in measured)
+    if not images:
+        return "nothing was left to encode"
+    idle = sum(not count for count, _ in measured)
+    line = f"encoded {images} images in {seconds:.1f} s: {images / seconds:.1f} images per second"
+    remedy = "; a smaller data.shard_size makes more shards to share"
+    return f"{line}, {idle} of {len(measured)} processes idle{remedy}" if idle else line
 
 
 def prepare_folder(folder: Path, settings: dict[str, Any]) -> None:
@@ -204,36 +261,47 @@ def prepare_folder(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def write_index(writer: ShardWriter, settings: dict[str, Any]) -> None:
-    """Write index.json: the last step, which makes the cache a finished one."""
+    """Write index.json: the last step, which makes the cache a finished one.
+
+    Raises:
+        CacheError: if not a single image could be used.
+    """
     shards: list[dict[str, Any]] = []
-    skipped: list[str] = []
-    total = total_square = 0.0
-    numbers = 0
-    for shard in range(writer.num_shards):
-        with safe_open(writer.path(shard), framework="pt") as file:
-            mean, std = file.get_tensor("mean").double(), file.get_tensor("std").double()
-            names = (file.metadata() or {}).get("skipped", "")
-        shards.append({"file": writer.path(shard).name, "count": len(mean)})
-        skipped += names.split("\n") if names else []
-        total += mean.sum().item()
-        total_square += (mean.square() + std.square()).sum().item()
-        numbers += mean.numel()
-    latent_std = (total_square / numbers - (total / numbers) ** 2) ** 0.5
-    index = {"settings": settings, "shards": shards, "skipped": skipped, "latent_std": latent_std}
-    write_json(Path(writer.data.cache) / "index.json", index)
+    skipped: list[list[str]] = []
+    totals = {"numbers": 0.0, "sum": 0.0, "sum_of_squares": 0.0}
+    for path in itertools.chain(*(writer.parts(stream) or [] for stream in range(writer.source.num_streams))):
+        with safe_open(path, framework="pt") as file:
+            summary = json.loads(file.metadata()["summary"])
+            count = file.get_slice("labels").get_shape()[0]
+        shards.append({"file": path.name, "count": count, "bytes": path.stat().st_size})
+        skipped += summary["skipped"]
+        totals = {name: value + summary[name] for name, value in totals.items()}
+    if not totals["numbers"]:
+        example = f": {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+        raise CacheError(f"none of the {len(skipped)} images can be used{example}")
+    mean = totals["sum"] / totals["numbers"]
+    std = (totals["sum_of_squares"] / totals["numbers"] - mean**2) ** 0.5
+    index = {"settings": settings, "shards": shards, "skipped": skipped, "latent_mean": mean, "latent_std": std}
+    write_json(writer.folder / "index.json", index)
 
 
 def report(cache: LatentCache) -> str:
     """A few lines about a finished cache."""
     index = json.loads((cache.folder / "index.json").read_text(encoding="utf-8"))
-    skipped, std = index["skipped"], index["latent_std"]
+    skipped, mean, std = index["skipped"], index["latent_mean"], index["latent_std"]
+    size = sum(shard["bytes"] for shard in index["shards"])
+    scaled = [std * cache.scaling_factor, (mean - cache.shift_factor) * cache.scaling_factor]
     lines = [
-        f"{len(cache)} images of {cache.num_classes} classes in {cache.folder}, {cache.num_views} view(s) each",
-        f"latents {cache.latent_shape}: std {std:.4f}, scaled {std * cache.scaling_factor:.4f} "
-        f"(about 1 is wanted; 1 / std is {1 / std:.4f}, the VAE's scaling factor {cache.scaling_factor:.4f})",
+        f"{len(cache)} images of {cache.num_classes} classes in {cache.folder}, {cache.num_views} view(s) each, "
+        f"{size / len(cache):,.0f} bytes per image",
+        f"latents {cache.latent_shape}: std {std:.4f}, mean {mean:.4f}; as trained on, std {scaled[0]:.4f}, mean "
+        f"{scaled[1]:.4f} (about 1 and 0 are wanted), with the VAE's scaling factor {cache.scaling_factor:.4f} and "
+        f"shift factor {cache.shift_factor:.4f}. For these images a scaling factor of {1 / std:.4f} would give std 1",
     ]
     if skipped:
-        lines.append(f"skipped {len(skipped)} unreadable image(s): {', '.join(skipped[:20])}")
+        named = [f"  {name}: {reason}" for name, reason in skipped[:20]]
+        where = [f"  and {len(skipped) - 20} more, listed in {cache.folder / 'index.json'}"] if skipped[20:] else []
+        lines += [f"skipped {len(skipped)} image(s) that cannot be used:", *named, *where]
     return "\n".join(lines)
 
 

@@ -80,7 +80,26 @@ class DataConfig:
     """Images, the VAE that encodes them, and the cache of latents that training reads."""
 
     images: str | None = option(None, "folder with one sub-folder per class; read by cache_latents only")
-    vae: str = option("", "AutoencoderKL folder, or a Hub name; it also goes into the finished pipeline")
+    dataset: str | None = option(
+        None,
+        "in place of data.images: a Hugging Face dataset (a Hub name, a folder that load_dataset reads, or one written "
+        "by save_to_disk); read by cache_latents only",
+    )
+    subset: str | None = option(None, "data.dataset: the configuration of a dataset that has several")
+    split: str = option("train", "data.dataset: the split")
+    streaming: bool = option(False, "data.dataset: read it from the network as it is encoded, without a download")
+    image_column: str = option("image", "data.dataset: the column of images")
+    label_column: str = option("label", "data.dataset: the column of classes, as numbers or names")
+    classes: list[str] | None = option(
+        None,
+        "class names in the order of their ids; images of other classes are left out. null: the order of the "
+        "dataset's ClassLabel feature, else the natural order of the names; where labels are plain numbers, the list "
+        "names 0, 1, 2, ...",
+    )
+    min_side: int = option(8, "images with a shorter side of fewer pixels are skipped; others are enlarged")
+    vae: str = option(
+        "", "AutoencoderKL: a folder, or a Hub name with a sub-folder or none (org/name/vae); the pipeline gets it too"
+    )
     cache: str = option("", "folder of the latent cache: written by cache_latents, read by train")
     image_size: int = option(256, "side in pixels after the centre crop")
     mirror: bool = option(True, "also cache each image's mirror; one of the two is drawn each time (off for digits)")
@@ -99,7 +118,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(bool(self.vae), "data.vae is missing: the folder of the AutoencoderKL")
         require(bool(self.cache), "data.cache is missing: the folder of the latent cache")
-        for name in ("image_size", "shard_size", "encode_batch_size", "batch_size"):
+        both = self.images is not None and self.dataset is not None
+        require(not both, "data.images and data.dataset are both set: set one")
+        require(self.dataset is not None or not self.streaming, "data.streaming needs data.dataset")
+        names = self.classes
+        require(names is None or len(set(names)) == len(names) > 0, "data.classes must hold names, each only once")
+        for name in ("image_size", "min_side", "shard_size", "encode_batch_size", "batch_size"):
             require(getattr(self, name) >= 1, f"data.{name} is {getattr(self, name)}; it must be 1 or more")
         require(self.workers >= 0, f"data.workers is {self.workers}; it must be 0 or more")
         groups = self.groups_per_epoch

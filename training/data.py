@@ -116,7 +116,8 @@ class GroupBatches(Dataset[Batch]):
         timesteps = logit_normal_timesteps(stacked["time"]).permute(1, 2, 0).flatten(1)
         noise = stacked["noise"].permute(1, 2, 0, 3, 4, 5).flatten(1, 2)
         labels = drop_labels(stacked["label"], stacked["drop"] < self.label_dropout, self.cache.num_classes)
-        latents = (stacked["mean"] + stacked["std"] * stacked["posterior"]) * self.cache.scaling_factor
+        samples = stacked["mean"] + stacked["std"] * stacked["posterior"]
+        latents = (samples - self.cache.shift_factor) * self.cache.scaling_factor
         return {"latents": latents, "labels": labels, "timesteps": timesteps, "noise": noise}
 
     def draw(self, epoch: int, slot: int) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 | image | what becomes of it |
 |---|---|
 | rotated or mirrored by its EXIF orientation | turned upright first |
-| grey, palette, CMYK, YCbCr, 1 bit | converted to RGB (to grey for a VAE with one channel), without colour management |
+| grey, palette, CMYK, YCbCr, 1 bit | to RGB (to grey for a VAE with one channel), without colour management |
 | with transparency (RGBA, LA, palette or RGB with a transparent colour) | laid over white |
 | 16-bit grey (also where Pillow reads it as 32-bit integers) | scaled from 0..65535 to 0..255; outside that: bad |
 | floating point | bad: its range is unknown |

@@ -2,9 +2,12 @@
 
 A cache is a folder of
 
-    settings.json               everything the moments depend on; a folder made with other settings is refused
-    moments-00000.safetensors   mean and std (n, V, C, s, s) unscaled, labels (n,); V = 2 views with a mirror, else 1
-    index.json                  written last: the settings, the shards and their counts, skipped images, latent std
+    settings.json                     all that the moments depend on; a folder made with other settings is refused
+    moments-00000-00000.safetensors   stream and part: mean and std (n, V, C, s, s) as the VAE gives them, labels (n,);
+                                      V = 2 views with a mirror, else 1
+    stream-00000.json                 how many parts a stream has
+    index.json                        written last: settings, shards and their counts, skipped images and the reason
+                                      for each, mean and std of the latents
 
 Shards are memory mapped, so a cache larger than memory trains as well.
 """
@@ -19,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,7 +42,7 @@ class LatentCache:
         classes: class names in index order.
         latent_shape: `(C, s, s)`.
         num_views: 2 if each image's mirror is cached too, else 1.
-        scaling_factor: the VAE's; training latents are posterior samples times this.
+        scaling_factor, shift_factor: the VAE's; training latents are (posterior sample - shift) * scaling.
         vae_fingerprint: digest of the VAE the moments come from.
 
     Raises:
@@ -57,6 +61,7 @@ class LatentCache:
             raise CacheError(f"latent cache {self.folder} has format {self.settings['format']}; expected {FORMAT}")
         self.classes: list[str] = self.settings["classes"]
         self.scaling_factor: float = self.settings["scaling_factor"]
+        self.shift_factor: float = self.settings.get("shift_factor") or 0.0
         self.vae_fingerprint: str = self.settings["vae_fingerprint"]
         self.shards = [load_file(self.folder / shard["file"]) for shard in index["shards"]]
         self._ends = np.cumsum([len(shard["labels"]) for shard in self.shards])
@@ -108,6 +113,14 @@ def check_settings(folder: Path, found: dict[str, Any], expected: dict[str, Any]
 def shorten(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def load_vae(name: str) -> AutoencoderKL:
+    """The VAE of a folder, or of a Hub repository `org/name`, perhaps in a sub-folder: `org/name/vae`."""
+    repository, _, subfolder = name.rpartition("/")
+    if Path(name).exists() or repository.count("/") != 1:
+        return AutoencoderKL.from_pretrained(name)
+    return AutoencoderKL.from_pretrained(repository, subfolder=subfolder)
 
 
 def module_fingerprint(module: torch.nn.Module, config: dict[str, Any]) -> str:

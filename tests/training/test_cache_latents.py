@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 
-from training.cache_latents import cache_latents, center_crop, list_images, read_image, report
-from training.config import DataConfig
-from training.latent_cache import CacheError, LatentCache, module_fingerprint
+from training.cache_latents import cache_latents, report
+from training.config import ConfigError, DataConfig
+from training.data import GroupBatches
+from training.images import read_image
+from training.latent_cache import CacheError, LatentCache, load_vae, module_fingerprint
+from training.sources import FolderSource
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def test_classes_are_in_natural_order_and_every_image_has_its_class(cache: Laten
 
 def test_moments_are_those_of_the_image_and_of_its_mirror(cache: LatentCache, data_config: DataConfig) -> None:
     vae = AutoencoderKL.from_pretrained(data_config.vae).eval()
-    path, _ = list_images(str(data_config.images)).files[8]  # in the second shard
+    path, _ = FolderSource(Path(str(data_config.images))).files[8]  # in the second shard
     pixels = read_image(path, 16, 1)
     for view, tensor in enumerate([pixels, pixels.flip(-1)]):
         with torch.no_grad():
@@ -59,17 +61,17 @@ def test_without_mirror_there_is_one_view(own: DataConfig, tmp_path: Path) -> No
 
 def test_only_missing_shards_are_encoded_again(own: DataConfig) -> None:
     folder = Path(own.cache)
-    wanted = (folder / "moments-00001.safetensors").read_bytes()
-    (folder / "moments-00001.safetensors").unlink()
+    wanted = (folder / "moments-00000-00001.safetensors").read_bytes()
+    (folder / "moments-00000-00001.safetensors").unlink()
     (folder / "index.json").unlink()
-    (folder / "moments-00001.123.partial").write_bytes(b"half a shard")
+    (folder / "moments-00000-00001.123.partial").write_bytes(b"half a shard")
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("moments-*.safetensors")}
     with pytest.raises(CacheError, match="unfinished"):
         LatentCache(folder)
     assert len(cache_latents(own)) == 17
     after = {path.name: path.stat().st_mtime_ns for path in folder.glob("moments-*.safetensors")}
     assert {name: after[name] for name in before} == before
-    assert (folder / "moments-00001.safetensors").read_bytes() == wanted
+    assert (folder / "moments-00000-00001.safetensors").read_bytes() == wanted
 
 
 @pytest.mark.parametrize(
@@ -103,28 +105,67 @@ def test_the_fingerprint_does_not_depend_on_where_the_vae_lies(own: DataConfig, 
     assert module_fingerprint(vae, dict(vae.config)) == module_fingerprint(moved, dict(moved.config))
 
 
-def test_unreadable_images_are_skipped_counted_and_named(own: DataConfig, tmp_path: Path) -> None:
+def test_images_that_cannot_be_used_are_skipped_counted_and_named_with_the_reason(
+    own: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad = Path(str(own.images)) / "2" / "1.png"
     bad.write_bytes(bad.read_bytes()[:60])
     cache = cache_latents(dataclasses.replace(own, cache=str(tmp_path / "fresh")))
     assert len(cache) == 16
     assert cache.labels.tolist() == [0] * 5 + [1] * 8 + [2] * 3
-    assert "skipped 1 unreadable image(s): 2/1.png" in report(cache)
+    assert "skipped 1 image(s) that cannot be used:\n  2/1.png: " in report(cache)
+    assert "1 image(s) skipped, the first is 2/1.png" in capsys.readouterr().out
+    small = dataclasses.replace(own, min_side=17, cache=str(tmp_path / "small"))
+    with pytest.raises(CacheError, match=r"none of the 17 images can be used: 1/0.png: 16x16 pixels; .* must have 17"):
+        cache_latents(small)
 
 
-def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match="does not exist"):
-        list_images(tmp_path / "none")
-    with pytest.raises(CacheError, match="no class folders"):
-        list_images(tmp_path)
-    (tmp_path / "cats").mkdir()
-    with pytest.raises(CacheError, match="without images: cats"):
-        list_images(tmp_path)
+def test_a_shard_of_bad_images_is_empty_and_harms_no_other(own: DataConfig, tmp_path: Path) -> None:
+    for path in (Path(str(own.images)) / "1").iterdir():
+        path.write_bytes(b"not an image")
+    cache = cache_latents(dataclasses.replace(own, shard_size=5, cache=str(tmp_path / "fresh")))
+    assert len(cache.shards[0]["labels"]) == 0
+    assert cache.labels.tolist() == [1] * 9 + [2] * 3
+    whole = LatentCache(own.cache)
+    for image in range(len(cache)):
+        torch.testing.assert_close(cache.moments(image, 0), whole.moments(image + 5, 0), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(16, 16), (40, 16), (33, 70), (5, 9)])
-def test_the_crop_is_square_central_and_of_the_asked_size(size: tuple[int, int]) -> None:
-    image = Image.linear_gradient("L").resize(size)
-    cropped = center_crop(image, 16)
-    assert cropped.size == (16, 16)
-    assert abs(cropped.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)) - 127) < 12
+def test_the_report_tells_speed_and_bytes(own: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fresh = dataclasses.replace(own, cache=str(tmp_path / "fresh"))
+    cache = cache_latents(fresh)
+    assert "encoded 17 images in" in capsys.readouterr().out
+    size = sum(path.stat().st_size for path in cache.folder.glob("moments-*"))
+    assert f"{size / 17:,.0f} bytes per image" in report(cache)
+    cache_latents(fresh)
+    assert "nothing was left to encode" in capsys.readouterr().out
+
+
+def test_scaling_and_shift_are_those_of_the_vae(own: DataConfig, tmp_path: Path) -> None:
+    """Training sees (sample - shift) * scaling: as the pipeline undoes it before decoding."""
+    vae = AutoencoderKL.from_pretrained(own.vae)
+    vae.register_to_config(shift_factor=0.25, scaling_factor=2.0)
+    vae.save_pretrained(tmp_path / "vae")
+    cache = cache_latents(dataclasses.replace(own, vae=str(tmp_path / "vae"), cache=str(tmp_path / "shifted")))
+    before, after = (
+        GroupBatches(LatentCache(folder), 1, 4, 1, label_dropout=0.0, seed=0)[0]["latents"]
+        for folder in (own.cache, cache.folder)
+    )
+    torch.testing.assert_close(after, (before / 0.5 - 0.25) * 2.0, atol=1e-5, rtol=1e-5)
+    index = json.loads((cache.folder / "index.json").read_text())
+    assert f"as trained on, std {index['latent_std'] * 2:.4f}, mean {(index['latent_mean'] - 0.25) * 2:.4f}" in (
+        report(cache)
+    )
+
+
+def test_a_vae_may_lie_in_a_sub_folder_of_a_hub_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", lambda *names, **options: calls.append((names, options)))
+    load_vae("org/name")
+    load_vae("org/name/vae")
+    assert calls == [(("org/name",), {}), (("org/name",), {"subfolder": "vae"})]
+
+
+def test_sizes_that_the_vae_cannot_encode_are_an_error(own: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="image_size is 18; the VAE needs a multiple of 4"):
+        cache_latents(dataclasses.replace(own, image_size=18, cache=str(tmp_path / "odd")))
