@@ -11,7 +11,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 # Two workers, one thread each: more threads only get in each other's way on tiny models.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# A file's tests stay together, so that what a file sets up is set up once.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 CODE := setup.py $(wildcard src training benchmarks tests)
 
 .DEFAULT_GOAL := help

@@ -6,9 +6,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoPipelineForImage2Image,
-    AutoPipelineForInpainting,
-    AutoPipelineForText2Image,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -377,13 +374,6 @@ class TestClasses:
             pipe = quiet(cls.from_pretrained(tmp_path))
             assert type(pipe) is cls
             assert torch.equal(generated(pipe), expected)
-
-    def test_auto_pipelines(self, tmp_path):
-        tiny_pipeline().save_pretrained(tmp_path)
-        autos = [AutoPipelineForText2Image, AutoPipelineForImage2Image, AutoPipelineForInpainting]
-        for auto, cls in zip(autos, CLASSES, strict=True):
-            assert type(auto.from_pretrained(tmp_path)) is cls
-            assert type(auto.from_pipe(tiny_pipeline())) is cls
 
     def test_the_arguments_are_those_of_the_base_class(self):
         """By name and default, so that a call is moved from one class to another by its own arguments alone."""

@@ -21,7 +21,7 @@ from .pipelines import (
     blend_conditions,
     pad_for_outpainting,
 )
-from .registration import register_auto_pipelines, register_hook_targets, register_with_diffusers
+from .registration import register_hook_targets, register_with_diffusers
 from .schedulers import FlowMatchEulerMaruyamaScheduler, FlowMatchSDEMultistepScheduler
 
 
@@ -40,7 +40,6 @@ register_with_diffusers(
     TransDiffInpaintPipeline,
 )
 register_hook_targets([ARTransformerBlock, TransDiffTransformerBlock], TransDiffAttnProcessor)
-register_auto_pipelines(TransDiffPipeline, TransDiffImg2ImgPipeline, TransDiffInpaintPipeline)
 
 __all__ = [
     "DIGITS",

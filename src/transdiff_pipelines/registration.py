@@ -19,7 +19,6 @@ from diffusers.hooks._helpers import (
     TransformerBlockRegistry,
     _skip_attention___ret___hidden_states,
 )
-from diffusers.pipelines import auto_pipeline
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 
@@ -30,13 +29,6 @@ def register_with_diffusers(*classes: type) -> None:
     LOADABLE_CLASSES.setdefault(library, {"ModelMixin": methods, "SchedulerMixin": methods})
     for cls in classes:
         setattr(diffusers, cls.__name__, cls)
-
-
-def register_auto_pipelines(text_to_image: type, image_to_image: type, inpainting: type) -> None:
-    """Let `AutoPipelineForText2Image`, `...Image2Image` and `...Inpainting` find the classes of each task."""
-    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["transdiff"] = text_to_image
-    auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["transdiff"] = image_to_image
-    auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING["transdiff"] = inpainting
 
 
 def register_hook_targets(blocks: list[type], attention_processor: type) -> None:
