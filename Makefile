@@ -17,7 +17,7 @@ CODE := setup.py $(wildcard src training benchmarks tests)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check format clean
+.PHONY: help demo test test-slow test-upstream check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,11 @@ test: $(VENV)/.test ## run the tests (minutes on two cores)
 
 test-slow: $(VENV)/.test ## run the long tests
 	$(PYTEST) -m slow
+
+test-upstream: $(VENV)/.test ## run diffusers' own test mixins on these classes: DIFFUSERS=path of a checkout of it
+	@test -n "$(DIFFUSERS)" || { echo "Name a checkout of diffusers: make test-upstream DIFFUSERS=path"; exit 2; }
+	$(INSTALL) requests-mock
+	DIFFUSERS=$(abspath $(DIFFUSERS)) $(PYTEST) -p no:warnings --timeout 900 tests/upstream
 
 check: $(VENV)/.dev ## lint, formatting, types
 	$(BIN)/ruff check $(CODE)

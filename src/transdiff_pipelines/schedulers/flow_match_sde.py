@@ -195,5 +195,11 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         sigma = (timestep / self.config.num_train_timesteps).reshape(-1, *[1] * (sample.ndim - 1))
         return ((1 - sigma) * sample + sigma * noise).to(sample.dtype)
 
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
+    ) -> torch.Tensor:
+        """`scale_noise` under the name and with the argument order of diffusers' other schedulers."""
+        return self.scale_noise(original_samples, timesteps, noise)
+
     def __len__(self) -> int:
         return self.config.num_train_timesteps
