@@ -33,6 +33,9 @@ EXTRAS = {
         "tensorboard>=2.20",
         "tqdm>=4.67",
     ],
+    # The Inception features. torchvision must be the build that fits the installed torch; without it use the
+    # TorchScript Inception or an extractor of your own (training/evaluation/features.py).
+    "eval": ["torch-fidelity>=0.4", "torchvision"],
     "test": ["pytest>=9", "pytest-timeout>=2.4", "pytest-xdist>=3.8"],
     "dev": ["mypy>=2", "ruff>=0.17,<0.18", "types-PyYAML>=6"],
 }

@@ -1,0 +1,1 @@
+"""Parts of `training.evaluate`: sampling many images, features, metrics, references, reports, searches."""
