@@ -1,5 +1,6 @@
 """Metrics of generated images, as far as extractor and reference allow; the rest is named with a reason."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,30 @@ IS_SPLITS = 10
 
 
 def measure(paths: list[Path], extractor: Extractor, reference: Reference | None) -> dict[str, Any]:
-    """FID, sFID, Inception Score, precision and recall of pictures.
+    """`measure_batches` of picture files."""
+    return measure_batches(read_images(paths), len(paths), extractor, reference)
+
+
+def measure_batches(
+    batches: Iterator[torch.Tensor], count: int, extractor: Extractor, reference: Reference | None
+) -> dict[str, Any]:
+    """FID, sFID, Inception Score, precision and recall of `count` images, in batches `(B, 3, H, W)` uint8.
 
     Returns:
         `metrics`, name to value; `not_computed`, name to reason; `notes`, what limits the values.
     """
     pool, spatial, features, score = RunningStatistics(), RunningStatistics(), [], None
     keep_features = reference is not None and reference.features is not None
-    with tqdm(total=len(paths), desc="features", unit="image") as progress:
-        for images in read_images(paths):
+    with tqdm(total=count, desc="features", unit="image") as progress:
+        for images in batches:
             extracted = extractor(images)
             pool.add(extracted.pool)
             if keep_features:
                 features.append(extracted.pool.float().cpu())
             if extracted.spatial is not None:
                 spatial.add(extracted.spatial)
-            if extracted.logits is not None and len(paths) >= IS_SPLITS:
-                score = score or InceptionScore(len(paths), IS_SPLITS)
+            if extracted.logits is not None and count >= IS_SPLITS:
+                score = score or InceptionScore(count, IS_SPLITS)
                 score.add(extracted.logits)
             progress.update(len(images))
     generated = Reference(pool.result(), spatial.result() if spatial.count else None)
@@ -47,8 +55,8 @@ def measure(paths: list[Path], extractor: Extractor, reference: Reference | None
     metrics, missing = _compare(generated, reference)
     if score is not None:
         metrics["inception_score"], metrics["inception_score_std"] = score.result()
-    elif len(paths) < IS_SPLITS:
-        missing["inception_score"] = f"{len(paths)} images are fewer than its {IS_SPLITS} splits"
+    elif count < IS_SPLITS:
+        missing["inception_score"] = f"{count} images are fewer than its {IS_SPLITS} splits"
     else:
         missing["inception_score"] = "the extractor has no class probabilities"
     return {"metrics": metrics, "not_computed": missing, "notes": _notes(generated, reference)}

@@ -1,0 +1,1 @@
+"""The paper's experiments as commands; docs/experiments.md shows what they give on digits."""

@@ -1,0 +1,120 @@
+"""What the experiments share: loading a model, judging images, writing results and pictures."""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from training.data import keyed_generator
+from training.digits.export import new_file
+from training.digits.quality import Reference as DigitsReference
+from training.digits.quality import pooled_pixels
+from training.evaluation.features import load_extractor
+from training.evaluation.measure import measure_batches
+from training.evaluation.references import load_reference
+from transdiff_pipelines import DIGITS, TransDiffPipeline
+
+
+# Images `(N, H, W, 3)` in [0, 1] and the labels `(N,)` they should show, to measures.
+Judge = Callable[[np.ndarray, np.ndarray], dict[str, float]]
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every experiment has."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--model", default=str(DIGITS), help="folder or Hub repository; the bundled digits model")
+    result.add_argument("--output", type=Path, required=True, help="folder for the result and the picture")
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--num-inference-steps", type=int, default=100)
+    result.add_argument("--guidance-scale", type=float, help="default: the checkpoint's own")
+    return result
+
+
+def add_judge_options(arguments: argparse.ArgumentParser) -> None:
+    """Options for experiments that measure quality."""
+    arguments.add_argument("--num-images", type=int, default=1000)
+    arguments.add_argument("--batch-size", type=int, default=250)
+    arguments.add_argument("--digits", help="digits data (training.digits.export): judge by its measures")
+    arguments.add_argument("--reference", help="else: real images or statistics, as for training.evaluate")
+    arguments.add_argument("--extractor", default="torch-fidelity", help="as for training.evaluate")
+    arguments.add_argument("--extractor-weights", type=Path)
+
+
+def make_judge(options: argparse.Namespace, pipe: TransDiffPipeline) -> Judge:
+    """Measures on digits, or those of `training.evaluate`."""
+    if options.digits:
+        digits = DigitsReference(options.digits, "test")
+        return lambda images, labels: digits.measure(pooled_pixels(images), labels)
+    extractor = load_extractor(options.extractor, options.extractor_weights, pipe._execution_device)
+    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    reference = None
+    if options.reference:
+        reference = load_reference(options.reference, extractor, options.extractor, side, options.output)
+
+    def judge(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        pixels = torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
+        return measure_batches(iter(pixels.split(100)), len(pixels), extractor, reference)["metrics"]
+
+    return judge
+
+
+def load(options: argparse.Namespace) -> TransDiffPipeline:
+    """The model, on a GPU if there is one."""
+    pipe = TransDiffPipeline.from_pretrained(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def call_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the pipeline's call; pictures as arrays."""
+    names = ("guidance_scale", "num_inference_steps")
+    return {name: getattr(options, name) for name in names} | {"output_type": "np"}
+
+
+def generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """One generator for each image, from its index."""
+    return [keyed_generator(seed, index) for index in indices]
+
+
+def balanced(count: int, num_classes: int) -> np.ndarray:
+    """Labels 0, 1, ... in turn."""
+    return np.arange(count) % num_classes
+
+
+def picture(rows: Sequence[np.ndarray], gap: int = 2) -> Image.Image:
+    """Rows of images `(n, H, W, 3)` in [0, 1] as one picture, with gaps; a row may be shorter than the others."""
+    height, width = rows[0].shape[1:3]
+    columns = max(len(row) for row in rows)
+    canvas = np.ones((len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3))
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            canvas[i * (height + gap) :, j * (width + gap) :][:height, :width] = image
+    return Image.fromarray((canvas * 255).round().astype(np.uint8))
+
+
+def write(folder: Path, name: str, result: dict[str, Any], image: Image.Image | None = None) -> None:
+    """NAME.json and NAME.png."""
+    with new_file(folder / f"{name}.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n")
+    if image is not None:
+        with new_file(folder / f"{name}.png") as temporary:
+            image.save(temporary, format="png", optimize=True)
+
+
+def facts(options: argparse.Namespace, pipe: TransDiffPipeline) -> dict[str, Any]:
+    """What a result was made with."""
+    scales = {name: pipe.scheduler.config.get(name) for name in ("drift_scale", "diffusion_scale")}
+    guidance = pipe.config.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    return {
+        "model": Path(options.model).name,
+        "images_in_sequence": pipe.condition_encoder.num_images,
+        "seed": options.seed,
+        "num_inference_steps": options.num_inference_steps,
+        "guidance_scale": guidance,
+        **scales,
+    }

@@ -1,0 +1,119 @@
+"""Semantic diversity of the condition (paper, Appendix D, Eq. 13-15; Table 4, Figure 5).
+
+    python -m training.experiments.diversity --models 1-step=FOLDER mrar=FOLDER --output results
+
+measures the models given, e.g. checkpoints of one training run: the cosine similarity between the condition tokens of
+an image, as its root mean square (the paper's measure: smaller is more diverse) and as its mean. The tokens are taken
+before the second position embedding. With MRAR they are those of the last image, whose references are generated.
+With `--digits` or `--reference` the quality stands beside it. Writes diversity.json and diversity.png.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from training.digits.export import new_file
+from training.experiments.common import (
+    add_judge_options,
+    balanced,
+    call_settings,
+    facts,
+    generators,
+    load,
+    make_judge,
+    parser,
+    write,
+)
+from transdiff_pipelines import TransDiffPipeline
+
+
+def token_similarity(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Root mean square and mean, `(B,)` each, of the cosine similarity of different tokens of `(B, M, D)`.
+
+    Raises:
+        ValueError: fewer than two tokens, which have no similarity.
+    """
+    num_tokens = features.shape[1]
+    if num_tokens < 2:
+        raise ValueError(f"the measure compares tokens with one another, but there is {num_tokens}")
+    # Eq. 13: tokens of unit length; Eq. 14: their products, without those of a token with itself
+    tokens = torch.nn.functional.normalize(features.double(), dim=-1)
+    similarity = tokens @ tokens.transpose(1, 2)
+    different = ~torch.eye(num_tokens, dtype=torch.bool, device=features.device)
+    values = similarity[:, different]
+    return values.square().mean(1).sqrt(), values.mean(1)
+
+
+@torch.no_grad()
+def condition_features(pipe: TransDiffPipeline, labels: np.ndarray, references: torch.Tensor | None) -> torch.Tensor:
+    """All condition tokens before the second position embedding, `(B, S, D)`."""
+    ids = torch.from_numpy(labels).to(pipe._execution_device)
+    return pipe.condition_encoder(ids, references).features
+
+
+def measure_model(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Similarity of the condition tokens, and the quality where a judge is given."""
+    pipe = load(options)
+    labels = balanced(options.num_images, pipe.condition_encoder.config.num_classes)
+    judged = bool(options.digits or options.reference)
+    needs_images = judged or pipe.condition_encoder.num_images > 1
+    similarities, images = [], []
+    for indices in np.array_split(np.arange(len(labels)), -(-len(labels) // options.batch_size)):
+        references = None
+        if needs_images:
+            settings = call_settings(options) | {"output_type": "latent"}
+            made = pipe(
+                labels[indices].tolist(),
+                generator=generators(options.seed, indices.tolist()),
+                return_intermediates=True,
+                **settings,
+            ).intermediates
+            references = torch.stack(made[:-1], dim=1) if len(made) > 1 else None
+            with torch.no_grad():
+                images.append(pipe.decode_latents(made[-1], "np"))
+        similarities.append(torch.stack(token_similarity(condition_features(pipe, labels[indices], references))))
+    root_mean_square, mean = torch.cat(similarities, dim=1).mean(1).tolist()
+    result = {"name": name, **facts(options, pipe), "rms_similarity": root_mean_square, "mean_similarity": mean}
+    return result | (make_judge(options, pipe)(np.concatenate(images), labels) if judged else {})
+
+
+def plot(rows: list[dict[str, Any]], quality: str, path: Any) -> None:
+    """The measure of each model, beside its Fréchet distance where there is one."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    names = [row["name"] for row in rows]
+    axes.plot(names, [row["rms_similarity"] for row in rows], marker="o", color="tab:blue")
+    axes.set_ylabel("similarity of tokens (RMS)", color="tab:blue")
+    axes.tick_params(axis="x", rotation=30)
+    if all(quality in row for row in rows):
+        twin = axes.twinx()
+        twin.plot(names, [row[quality] for row in rows], marker="s", color="tab:orange")
+        twin.set_ylabel("Fréchet distance", color="tab:orange")
+    with new_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=90)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line entry point."""
+    options_parser = parser(__doc__)
+    options_parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER")
+    add_judge_options(options_parser)
+    options = options_parser.parse_args(arguments)
+    rows = []
+    for entry in options.models:
+        name, _, folder = entry.partition("=")
+        if not folder:
+            options_parser.error(f"--models {entry!r}: expected NAME=FOLDER")
+        rows.append(measure_model(argparse.Namespace(**{**vars(options), "model": folder}), name))
+        print(rows[-1])
+    write(options.output, "diversity", {"num_images": options.num_images, "rows": rows})
+    plot(rows, "frechet" if options.digits else "fid", options.output / "diversity.png")
+
+
+if __name__ == "__main__":
+    main()

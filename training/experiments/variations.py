@@ -1,0 +1,105 @@
+"""Variations of given images: MRAR sequences that start with pictures of yours in place of generated ones.
+
+    python -m training.experiments.variations --digits data/digits --output results
+
+takes real test images as references, n = 0 ... N - 1 of them, and measures the last image of the sequence.
+`--pictures FILE ... --class-label LABEL` uses pictures of yours instead and measures nothing. Writes variations.json
+and variations.png (a row for each class or seed: the references, then variations).
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from training.digits.quality import load_split, nearest_neighbour_distance, pooled_pixels
+from training.experiments.common import (
+    add_judge_options,
+    balanced,
+    call_settings,
+    facts,
+    generators,
+    load,
+    make_judge,
+    parser,
+    picture,
+    write,
+)
+from transdiff_pipelines import TransDiffPipeline
+
+
+SHOWN = 6
+
+
+def pick_references(images: np.ndarray, labels: np.ndarray, wanted: np.ndarray, count: int) -> np.ndarray:
+    """`(len(wanted), count, H, W, 3)`: images of each wanted class, going through them in order."""
+    pools = {label: np.flatnonzero(labels == label) for label in np.unique(wanted)}
+    used = dict.fromkeys(pools, 0)
+    chosen = []
+    for label in wanted:
+        positions = (used[label] + np.arange(count)) % len(pools[label])
+        used[label] += count
+        chosen.append(images[pools[label][positions]])
+    return np.stack(chosen)
+
+
+def of_digits(options: argparse.Namespace, pipe: TransDiffPipeline) -> tuple[dict[str, Any], Any]:
+    """Quality of the last image against the number of real references, and its distance to the nearest of these."""
+    judge = make_judge(options, pipe)
+    num_images = pipe.condition_encoder.num_images
+    labels = balanced(options.num_images, pipe.condition_encoder.config.num_classes)
+    real = pick_references(*load_split(options.digits, "test"), labels, num_images - 1)
+    rows, shown = [], []
+    for count in range(num_images):
+        made = []
+        for indices in np.array_split(np.arange(len(labels)), -(-len(labels) // options.batch_size)):
+            references = [list(group[:count]) for group in real[indices]] if count else None
+            make = generators(options.seed, indices.tolist())
+            settings = call_settings(options) | {"reference_images": references}
+            made.append(pipe(labels[indices].tolist(), generator=make, **settings).images)
+        images = np.concatenate(made)
+        row = {"references": count, **judge(images, labels)}
+        pixels = pooled_pixels(images)
+        if count:
+            given = [pooled_pixels(group[:count]) for group in real]
+            distances = [
+                nearest_neighbour_distance(pixel[None], group) for pixel, group in zip(pixels, given, strict=True)
+            ]
+            row["nearest_reference"] = float(np.mean(distances))
+        rows.append(row)
+        print(row)
+        shown = [np.concatenate([real[label, :count], images[label::10][:SHOWN]]) for label in range(10)]
+    return {"num_images": len(labels), "rows": rows}, picture(shown)
+
+
+def of_pictures(options: argparse.Namespace, pipe: TransDiffPipeline) -> tuple[dict[str, Any], Any]:
+    """Several variations of the pictures given."""
+    label = int(options.class_label) if options.class_label.isdigit() else options.class_label
+    images = pipe(
+        [label] * SHOWN,
+        reference_images=[list(options.pictures)] * SHOWN,
+        generator=generators(options.seed, range(SHOWN)),
+        **call_settings(options),
+    ).images
+    return {"class_label": label, "pictures": list(options.pictures)}, picture([images])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line entry point."""
+    options_parser = parser(__doc__)
+    add_judge_options(options_parser)
+    options_parser.add_argument("--pictures", nargs="+", help="picture files, at most N - 1")
+    options_parser.add_argument("--class-label", help="what the pictures show")
+    options = options_parser.parse_args(arguments)
+    if bool(options.pictures) == bool(options.digits) or bool(options.pictures) != bool(options.class_label):
+        options_parser.error("pass --digits, or --pictures together with --class-label")
+    pipe = load(options)
+    with torch.no_grad():
+        result, shown = (of_pictures if options.pictures else of_digits)(options, pipe)
+    write(options.output, "variations", facts(options, pipe) | result, shown)
+
+
+if __name__ == "__main__":
+    main()
