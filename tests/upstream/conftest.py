@@ -30,5 +30,5 @@ def pytest_configure(config: pytest.Config) -> None:
 
         sys.path[:] = path  # it puts the checkout's own diffusers there
         register_markers(config)
-        for marker in ("cache", "layerwise_casting"):  # those that it forgets
+        for marker in ("cache", "autoround"):  # those that it forgets
             config.addinivalue_line("markers", f"{marker}: of diffusers' tests")
