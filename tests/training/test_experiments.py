@@ -1,0 +1,148 @@
+"""The paper's experiments on tiny models: what each measures, and that each leaves its result and its picture."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import seeded, tiny_encoder, tiny_pipeline
+
+from training import evaluate
+from training.experiments import ar_steps, diversity, fewer_tokens, fusion, tables, variations
+from training.experiments.common import picture
+from transdiff_pipelines.presets import PUBLISHED
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of a 1-step and an MRAR model with random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, patch_size in (("one_step", 1), ("mrar", 2)):
+        tiny_pipeline(patch_size=patch_size).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def run(models, tmp_path):
+    """Runs an experiment's `main` on a model, judged by pixels; returns its JSON."""
+
+    def run(module, name, model, *more, judged=True):
+        base = ["--output", str(tmp_path), "--num-inference-steps", "2"]
+        judge = [
+            "--num-images",
+            "10",
+            "--batch-size",
+            "5",
+            "--extractor",
+            "pixels",
+            "--reference",
+            str(models / "real"),
+        ]
+        if judged and not (models / "real").exists():
+            (models / "real").mkdir()
+            for index in range(4):
+                pixels = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(models / "real" / f"{index}.png")
+        chosen = [] if model is None else ["--model", str(models / model)]
+        module.main([*base, *chosen, *(judge if judged else []), *more])
+        assert (tmp_path / f"{name}.png").exists()
+        return json.loads((tmp_path / f"{name}.json").read_text())
+
+    return run
+
+
+class TestDiversity:
+    def test_orthogonal_tokens_are_the_most_diverse(self):
+        assert diversity.token_similarity(3 * torch.eye(5)[None])[0].item() == 0
+
+    def test_equal_tokens_are_the_least(self):
+        tokens = torch.ones(1, 5, 3) * torch.arange(1.0, 6)[None, :, None]
+        assert [value.item() for value in diversity.token_similarity(tokens)] == pytest.approx([1, 1])
+
+    def test_by_hand(self):
+        """Three tokens at 0, 60 and 180 degrees: cosines 1/2, -1, -1/2."""
+        angles = torch.tensor([0.0, math.pi / 3, math.pi])
+        tokens = torch.stack([angles.cos(), angles.sin()], dim=-1)[None]
+        root_mean_square, mean = (value.item() for value in diversity.token_similarity(tokens))
+        assert root_mean_square == pytest.approx(math.sqrt((0.25 + 1 + 0.25) / 3))
+        assert mean == pytest.approx(-1 / 3)
+
+    def test_a_single_token_has_no_similarity(self):
+        with pytest.raises(ValueError, match="there is 1"):
+            diversity.token_similarity(torch.ones(2, 1, 3))
+
+    def test_the_tokens_are_those_before_the_second_position_embedding(self):
+        pipe = tiny_pipeline(patch_size=2)
+        references = torch.randn(2, 3, 4, 4, 4, generator=seeded())
+        features = diversity.condition_features(pipe, np.array([1, 3]), references)
+        expected = pipe.encode_condition([1, 3], references) - pipe.condition_encoder.condition_position_embedding
+        torch.testing.assert_close(features, expected)
+
+    def test_command(self, run, models):
+        result = run(diversity, "diversity", None, "--models", f"a={models / 'one_step'}", f"b={models / 'mrar'}")
+        assert [row["images_in_sequence"] for row in result["rows"]] == [1, 4]
+        assert all(0 < row["rms_similarity"] <= 1 and row["fid"] > 0 for row in result["rows"])
+
+
+class TestCommands:
+    def test_ar_steps(self, run, models, tmp_path):
+        result = run(ar_steps, "ar_steps", "mrar")
+        assert [row["ar_steps"] for row in result["rows"]] == [1, 2, 3, 4]
+        seconds = [row["seconds_per_image"] for row in result["rows"]]
+        assert seconds == sorted(seconds)
+        assert len({row["fid"] for row in result["rows"]}) == 4
+
+    def test_fewer_tokens(self, run, models, tmp_path):
+        """All tokens of the finished condition make what the sequence makes."""
+        result = run(fewer_tokens, "fewer_tokens", "one_step")
+        assert [row["tokens"] for row in result["rows"]] == [1, 2, 4, 8, 16]
+        whole = run(ar_steps, "ar_steps", "one_step")["rows"][-1]
+        assert result["rows"][-1]["fid"] == pytest.approx(whole["fid"], rel=1e-3)
+
+    @pytest.mark.parametrize("model", ["one_step", "mrar"])
+    def test_fusion(self, run, tmp_path, model):
+        result = run(fusion, "fusion", model, "--classes", "0", "zebra", "--weights", "3", "--rows", "2", judged=False)
+        assert result["interpolation"] == [0, 0.5, 1]
+        strip = np.asarray(Image.open(tmp_path / "fusion_strip.png"))
+        assert strip.shape[:2] == (2 * 8 + 2, 3 * 8 + 4)
+
+    def test_variations_of_pictures(self, run, tmp_path):
+        files = [tmp_path / "a.png", tmp_path / "b.png"]
+        for index, file in enumerate(files):
+            Image.new("RGB", (20, 30), (80 * index, 40, 200)).save(file)
+        run(variations, "variations", "mrar", "--pictures", *map(str, files), "--class-label", "zebra", judged=False)
+
+    def test_variations_need_pictures_or_digits(self, run):
+        with pytest.raises(SystemExit):
+            run(variations, "variations", "mrar", "--pictures", "a.png", judged=False)
+
+    def test_references_are_of_the_wanted_class(self):
+        images, labels = np.arange(6.0).reshape(6, 1, 1, 1), np.array([0, 1, 0, 1, 0, 1])
+        picked = variations.pick_references(images, labels, np.array([1, 0, 1]), 2)
+        assert picked[..., 0, 0, 0].tolist() == [[1, 3], [0, 2], [5, 1]]
+
+    def test_tables(self, capsys):
+        """Every published model is there, and every command is one that the evaluation understands."""
+        tables.main([])
+        printed = capsys.readouterr().out
+        commands = [line for line in printed.splitlines() if line.startswith("accelerate launch")]
+        assert len(commands) == 2 * len(PUBLISHED) - 1
+        for line in commands:
+            options = evaluate.parse(line.split()[4:])
+            assert options.preset in PUBLISHED
+        assert "| transdiff_h_mrar | 1.28 | 1.42 | 301.2 | 0.81 | 0.62 |" in printed
+
+    def test_pictures_stand_in_rows(self):
+        shown = np.asarray(picture([np.zeros((3, 4, 4, 3)), np.zeros((1, 4, 4, 3))], gap=1))
+        assert shown.shape == (9, 14, 3)
+        assert shown[:4, :4].max() == 0
+        assert shown[5:, 5:].min() == 255
+
+
+def test_longer_sequences_share_one_encoder():
+    """p = 4: sixteen images to a sequence, through the same components (paper, Figure 7)."""
+    pipe = tiny_pipeline(4, condition_encoder=tiny_encoder(4))
+    output = pipe(0, num_inference_steps=1, output_type="latent", return_intermediates=True)
+    assert len(output.intermediates) == 16
