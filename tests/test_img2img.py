@@ -2,6 +2,7 @@
 
 import inspect
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -343,13 +344,13 @@ class TestSharedLoop:
         assert low.dtype == torch.float32
         assert ((low - exact).norm() / exact.norm()).item() < 0.1
 
-    def test_group_offload(self):
+    def test_sequential_offload(self):
+        """Weights are there while their layer runs, those of the VAE's encoder too."""
         pipe = img2img()
         expected = edited(pipe, pictures(), strength=0.5, output_type="pt")
-        for model in (pipe.condition_encoder, pipe.transformer):
-            model.enable_group_offload(
-                onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
-            )
+        for model in (pipe.condition_encoder, pipe.transformer, pipe.vae):
+            accelerate.cpu_offload(model, torch.device("cpu"))
+            assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
         torch.testing.assert_close(edited(pipe, pictures(), strength=0.5, output_type="pt"), expected)
 
 
