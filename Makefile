@@ -33,7 +33,7 @@ test-slow: $(VENV)/.test ## run the long tests
 
 test-upstream: $(VENV)/.test ## run diffusers' own test mixins on these classes: DIFFUSERS=path of a checkout of it
 	@test -n "$(DIFFUSERS)" || { echo "Name a checkout of diffusers: make test-upstream DIFFUSERS=path"; exit 2; }
-	$(INSTALL) requests-mock
+	$(INSTALL) requests-mock parameterized
 	DIFFUSERS=$(abspath $(DIFFUSERS)) $(PYTEST) -p no:warnings --timeout 900 tests/upstream
 
 check: $(VENV)/.dev ## lint, formatting, types
