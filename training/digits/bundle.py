@@ -1,0 +1,44 @@
+"""Put a trained pipeline into the package as its bundled model: float16 weights, nothing of where it was trained.
+
+python -m training.digits.bundle --model outputs/digits_mrar/pipeline
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from transdiff_pipelines import DIGITS, TransDiffPipeline
+
+
+def bundle(model: str | Path, output: Path) -> None:
+    """Write the pipeline in folder `model` to folder `output`, replacing what is there as a whole."""
+    pipeline = TransDiffPipeline.from_pretrained(model)
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.to(dtype=torch.float16).save_pretrained(partial)
+    for config in partial.rglob("*.json"):
+        entries = json.loads(config.read_text(encoding="utf-8"))
+        entries.pop("_name_or_path", None)  # a folder of the machine it was trained on
+        config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for file in partial.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)  # weights are saved for their owner alone
+    shutil.rmtree(output, ignore_errors=True)
+    partial.rename(output)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of the trained pipeline")
+    parser.add_argument("--output", type=Path, default=DIGITS, help="default: the package's own folder")
+    options = parser.parse_args(arguments)
+    bundle(options.model, options.output)
+    size = sum(file.stat().st_size for file in options.output.rglob("*") if file.is_file())
+    print(f"{options.output}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
