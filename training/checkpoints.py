@@ -2,35 +2,57 @@
 
 OUTPUT/checkpoints/step-00001000/
     pipeline/          the averaged weights as a TransDiffPipeline, ready for from_pretrained
-    state/             raw weights and optimiser (accelerate's format), ema.safetensors
-    progress.json      step, skipped steps, the resolved configuration
+    state/             model.safetensors, ema.safetensors (raw and averaged weights), optimiser (accelerate's format)
+    progress.json      step, skipped steps, global batch, the resolved configuration
+
+A LoRA run has lora/ in place of pipeline/, and its adapters alone in state/.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
+from .config import ConfigError, TrainConfig, build, to_dict
 from .latent_cache import write_json
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, or that cannot continue this run."""
+    """A checkpoint that is missing, cannot continue this run, or cannot be written."""
 
 
-# Settings that may change when a run goes on; any other difference would make it a different run.
+class BrokenCheckpointError(CheckpointError):
+    """A checkpoint that cannot be read: the one before it may be good."""
+
+
+# What a full disk makes of writing, and a file that is truncated or something else of reading.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+READ_ERRORS = (*WRITE_ERRORS, ValueError, KeyError, EOFError, pickle.UnpicklingError)
+
+
+# Settings that may change when a run goes on; any other difference would make it a different run. The global batch may
+# be cut into other batches and processes: its size is compared instead.
 FREE_ON_RESUME = (
     "output",
     "resume",
     "log_every",
     "checkpoints.",
     "preview.",
+    "validation.cache",
+    "validation.every",
+    "validation.images",
+    "trackers",
+    "project",
+    "push_to_hub",
     "schedule.",
     "sampling.",
     "data.workers",
@@ -44,7 +66,12 @@ FREE_ON_RESUME = (
     "data.classes",
     "data.min_side",
     "data.encode_batch_size",
+    "data.batch_size",
     "optimizer.max_bad_steps",
+    "optimizer.gradient_accumulation",
+    "optimizer.global_batch_size",
+    "gradient_checkpointing",
+    "compile",
 )
 
 
@@ -54,8 +81,10 @@ def checkpoint_folders(output: Path) -> list[Path]:
     return sorted(path for path in folders if re.fullmatch(r"step-\d+", path.name) and path.is_dir())
 
 
-def find_checkpoint(output: Path, resume: str) -> Path | None:
-    """The checkpoint that `resume` (auto, latest, never or a path) means for the run in `output`.
+def find_checkpoints(output: Path, resume: str) -> list[Path]:
+    """The checkpoints that `resume` (auto, latest, never or a path) means for the run in `output`, best first.
+
+    The second and later ones are for the case that the first cannot be read; none is a start from the beginning.
 
     Raises:
         CheckpointError: if it does not exist, or if `never` meets a folder with checkpoints.
@@ -67,15 +96,46 @@ def find_checkpoint(output: Path, resume: str) -> Path | None:
                 f"{output} already has checkpoints (the latest is {existing[-1].name}); "
                 "continue with --resume=latest, or choose another output folder"
             )
-        return None
+        return []
     if resume in ("auto", "latest"):
         if not existing and resume == "latest":
             raise CheckpointError(f"--resume=latest, but {output / 'checkpoints'} has no complete checkpoint")
-        return existing[-1] if existing else None
+        return existing[::-1]
     path = Path(resume)
     if not (path / "progress.json").is_file():
         raise CheckpointError(f"--resume={resume}: no such checkpoint; give auto, latest, never or a step-... folder")
-    return path
+    return [path]
+
+
+def all_processes(accelerator: Accelerator, fine: bool) -> bool:
+    """Whether things are fine on every process; all call this together."""
+    return bool(accelerator.gather(torch.tensor([fine], device=accelerator.device)).all())
+
+
+def resume_from(accelerator: Accelerator, candidates: list[Path], load: Callable[[Path], None]) -> list[str]:
+    """Load the first of the candidates that can be read, on all processes the same; returns a warning for each other.
+
+    What cannot be read is renamed to broken-step-..., once an older one has taken its place.
+
+    Raises:
+        CheckpointError: if none can be read.
+    """
+    broken: dict[Path, str] = {}
+    for path in candidates:
+        problem = "another process cannot read it"
+        try:
+            load(path)
+            fine = True
+        except BrokenCheckpointError as error:
+            fine, problem = False, str(error)
+        if all_processes(accelerator, fine):
+            if accelerator.is_main_process:
+                for other in broken:
+                    other.rename(other.with_name(f"broken-{other.name}"))
+            accelerator.wait_for_everyone()
+            return [f"warning: {problem}; going on from {path.name} instead" for problem in broken.values()]
+        broken[path] = problem
+    raise CheckpointError(f"no checkpoint can be read: {'; '.join(broken.values())}")
 
 
 def save_checkpoint(
@@ -88,6 +148,9 @@ def save_checkpoint(
         progress: what progress.json will hold.
         save_main: writes what the main process alone writes (pipeline, EMA) into a folder.
         keep: how many checkpoints stay.
+
+    Raises:
+        CheckpointError: if it cannot be written, for instance because the disk is full; the others stay.
     """
     final = output / "checkpoints" / f"step-{progress['step']:08d}"
     partial = final.with_name(f".{final.name}.partial")
@@ -95,11 +158,18 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial / "state"))
-    if accelerator.is_main_process:
-        save_main(partial)
-        write_json(partial / "progress.json", progress)
-    accelerator.wait_for_everyone()
+    problem = None
+    try:
+        accelerator.save_state(str(partial / "state"))
+        if accelerator.is_main_process:
+            save_main(partial)
+            write_json(partial / "progress.json", progress)
+    except WRITE_ERRORS as error:
+        problem = error
+    if not all_processes(accelerator, problem is None):
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"{final} cannot be written ({problem or 'by another process'})") from problem
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -108,25 +178,45 @@ def save_checkpoint(
     return final
 
 
-def read_progress(checkpoint: Path, config: dict[str, Any]) -> dict[str, Any]:
+def read_progress(checkpoint: Path, config: TrainConfig, groups_per_step: int) -> dict[str, Any]:
     """progress.json of a checkpoint, checked against the configuration of the run that wants to continue it.
 
+    Args:
+        groups_per_step: the run's global batch, over all processes.
+
     Raises:
+        BrokenCheckpointError: if it cannot be read.
         CheckpointError: naming every setting that differs and may not.
     """
-    progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-    before, now = flatten(progress["config"]), flatten(config)
-    differing = [
-        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME)
-    ]
+    try:
+        progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+        before = to_dict(build(TrainConfig, progress["config"]))  # settings that were not there yet have defaults
+    except ConfigError as error:
+        raise CheckpointError(f"{checkpoint} was written by another version: {error}") from None
+    except READ_ERRORS as error:
+        raise BrokenCheckpointError(f"{checkpoint / 'progress.json'} cannot be read ({error!r})") from error
+    differing = settings_that_differ(before, to_dict(config))
+    if progress.get("groups_per_step", groups_per_step) != groups_per_step:
+        differing.append(
+            f"the global batch (data.batch_size x processes x accumulation) was {progress['groups_per_step']}, "
+            f"now {groups_per_step}"
+        )
     if differing:
         raise CheckpointError(
             f"{checkpoint} belongs to a run with other settings: {'; '.join(differing)}. Set them back, or choose "
             "another output folder (to start from its weights: --model.start_from=.../pipeline)"
         )
     return progress
+
+
+def settings_that_differ(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A phrase for each setting that differs and may not."""
+    old, new = flatten(before), flatten(now)
+    return [
+        f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(FREE_ON_RESUME)
+    ]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -45,6 +45,11 @@ class ModelConfig:
     """The two networks: sizes of their own, a published preset, or those of a pipeline to start from."""
 
     start_from: str | None = option(None, "pipeline folder whose weights are inherited (1-step -> MRAR, fine-tuning)")
+    classes: Literal["by_name", "by_id", "new"] = option(
+        "by_name",
+        "which class embeddings of start_from are kept: of classes whose name, or a comma-separated synonym, is there "
+        "too; of class i for class i; or none. The others start from the mean of the old ones",
+    )
     preset: str | None = option(None, "published sizes: B, L or H; the sizes below must then stay unset")
     patch_size: int = option(1, "AR patch p: p*p images of one class in a sequence; 1 is the 1-step model, 2 MRAR")
     encoder_layers: int | None = option(None, "blocks of the AR condition encoder")
@@ -73,6 +78,25 @@ class ModelConfig:
     def sizes(self) -> dict[str, int | None]:
         names = ("encoder_layers", "decoder_layers", "num_attention_heads", "attention_head_dim", "num_class_tokens")
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters in place of the weights: everything of `model.start_from` stays as it is."""
+
+    rank: int | None = option(None, "rank of the adapters; null: the weights themselves are trained")
+    alpha: float | None = option(None, "adapters are scaled by alpha / rank; null: alpha = rank")
+    targets: list[str] = option(
+        ["to_q", "to_k", "to_v", "to_out.0"],
+        "ends of the names of the linear layers that get one; the MLPs are ff.net.0.proj and ff.net.2",
+    )
+    dropout: float = option(0.0, "on the adapters' input")
+
+    def __post_init__(self) -> None:
+        require(self.rank is None or self.rank >= 1, f"lora.rank is {self.rank}; it must be 1 or more, or null")
+        require(self.alpha is None or self.alpha > 0, f"lora.alpha is {self.alpha}; it must be positive, or null")
+        require(bool(self.targets), "lora.targets is empty; name at least one kind of layer, such as to_q")
+        require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; it must be in [0, 1)")
 
 
 @dataclass
@@ -151,7 +175,15 @@ class OptimizerConfig:
     beta2: float = option(0.95, "AdamW")
     weight_decay: float = option(0.02, "AdamW, matrices and embeddings of the condition encoder only")
     max_grad_norm: float = option(3.0, "gradients are clipped to this norm")
-    gradient_accumulation: int = option(1, "batches per optimiser step")
+    gradient_accumulation: int | None = option(None, "batches per step; null: 1, or what global_batch_size asks")
+    global_batch_size: int | None = option(
+        None,
+        "groups (1-step: images) per optimiser step over all processes; gradient accumulation follows from it, "
+        "data.batch_size and the number of processes",
+    )
+    kind: Literal["adamw", "fused", "8bit"] = option(
+        "adamw", "PyTorch's AdamW, its fused kernel, or bitsandbytes' 8-bit AdamW (to be installed for it)"
+    )
     max_bad_steps: int = option(5, "stop after this many steps in a row whose loss or gradient is not finite")
 
     def __post_init__(self) -> None:
@@ -160,8 +192,12 @@ class OptimizerConfig:
         require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it must be 0 or more")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
-        for name in ("gradient_accumulation", "max_bad_steps"):
-            require(getattr(self, name) >= 1, f"optimizer.{name} is {getattr(self, name)}; it must be 1 or more")
+        require(self.max_bad_steps >= 1, f"optimizer.max_bad_steps is {self.max_bad_steps}; it must be 1 or more")
+        for name in ("gradient_accumulation", "global_batch_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"optimizer.{name} is {value}; it must be 1 or more, or null")
+        both = self.gradient_accumulation is not None and self.global_batch_size is not None
+        require(not both, "optimizer.gradient_accumulation and optimizer.global_batch_size are both set: set one")
 
 
 @dataclass
@@ -185,7 +221,10 @@ class ScheduleConfig:
 
 @dataclass
 class EmaConfig:
-    decay: float = option(0.9999, "final decay; it warms up as (1 + step) / (10 + step)")
+    decay: float = option(0.9999, "final decay")
+    warmup: bool = option(
+        True, "let the decay rise as (1 + step) / (10 + step) up to the final one; else short runs keep their start"
+    )
 
     def __post_init__(self) -> None:
         require(0 <= self.decay < 1, f"ema.decay is {self.decay}; it must be in [0, 1)")
@@ -203,7 +242,7 @@ class CheckpointConfig:
 
 @dataclass
 class PreviewConfig:
-    every: int | None = option(5000, "optimiser steps between preview grids of the EMA weights; null: none")
+    every: int | None = option(5000, "optimiser steps between preview grids of EMA and raw weights; null: none")
     labels: list[int] = option([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], "class indices, one column each")
     rows: int = option(4, "images per class")
     num_inference_steps: int = option(50, "sampler steps of a preview")
@@ -212,6 +251,25 @@ class PreviewConfig:
         require(self.every is None or self.every >= 1, f"preview.every is {self.every}; it must be 1 or more, or null")
         for name in ("rows", "num_inference_steps"):
             require(getattr(self, name) >= 1, f"preview.{name} is {getattr(self, name)}; it must be 1 or more")
+
+
+@dataclass
+class ValidationConfig:
+    """The loss on held-out images, of the raw and of the averaged weights; off unless fraction or cache is set."""
+
+    fraction: float = option(0.0, "share of each class's images that is held out of training; the same for a seed")
+    cache: str | None = option(
+        None, "or a latent cache of other images: of the same VAE and size, with the same classes in the same order"
+    )
+    every: int = option(1000, "optimiser steps between validations; there is always one at the end")
+    images: int = option(1024, "held-out images used, at most")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.fraction < 1, f"validation.fraction is {self.fraction}; it must be in [0, 1)")
+        both = self.fraction > 0 and self.cache is not None
+        require(not both, "validation.fraction and validation.cache are both set: set one")
+        for name in ("every", "images"):
+            require(getattr(self, name) >= 1, f"validation.{name} is {getattr(self, name)}; it must be 1 or more")
 
 
 @dataclass
@@ -233,6 +291,7 @@ class TrainConfig:
 
     output: str = option("", "folder of the run: checkpoints, previews, metrics, and pipeline/ at the end")
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -240,10 +299,22 @@ class TrainConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seed: int = option(0, "every random draw follows from it")
     mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "autocast dtype; weights stay float32")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    compile: Literal["no", "inductor", "aot_eager"] = option(
+        "no", "torch.compile the transformer blocks with this backend; aot_eager only to debug"
+    )
     log_every: int = option(20, "optimiser steps between lines in metrics.jsonl")
+    trackers: list[str] = option(
+        ["tensorboard"], "where to report besides: tensorboard, wandb, trackio or another tracker of accelerate"
+    )
+    project: str = option("transdiff", "name of the project in the trackers; the run has the output folder's name")
+    push_to_hub: str | None = option(
+        None, "Hub repository, as org/name, that gets the finished pipeline; made private if it does not exist"
+    )
     resume: str = option(
         "auto",
         "auto: continue from the output folder's latest checkpoint if there is one; latest: the same, but its absence "
@@ -252,6 +323,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.output), "output is missing: the folder of the run")
+        start = self.model.start_from
+        require(self.lora.rank is None or start is not None, "lora.rank needs model.start_from: a pipeline to adapt")
         require(self.log_every >= 1, f"log_every is {self.log_every}; it must be 1 or more")
         require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
 
@@ -276,10 +349,10 @@ def load_config(arguments: Sequence[str], program: str = "training.train") -> Tr
     return build(TrainConfig, tree)
 
 
-def config_or_exit(program: str) -> TrainConfig:
-    """`load_config(sys.argv)` for a main function: a `ConfigError` becomes one line and exit status 2."""
+def config_or_exit(program: str, arguments: Sequence[str] | None = None) -> TrainConfig:
+    """`load_config` of the command line for a main function: a `ConfigError` becomes one line and exit status 2."""
     try:
-        return load_config(sys.argv[1:], program)
+        return load_config(sys.argv[1:] if arguments is None else arguments, program)
     except ConfigError as error:
         print(f"{program}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -386,6 +459,27 @@ def type_name(hint: Any) -> str:
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
 
 
+def accumulation_steps(config: TrainConfig, num_processes: int) -> int:
+    """Batches per optimiser step and process.
+
+    Raises:
+        ConfigError: if `optimizer.global_batch_size` cannot be made of whole batches of every process.
+    """
+    wanted, batch_size = config.optimizer.global_batch_size, config.data.batch_size
+    if wanted is None:
+        return config.optimizer.gradient_accumulation or 1
+    share, rest = divmod(wanted, num_processes)
+    fitting = [size for size in range(1, share + 1) if share % size == 0]
+    near = min(fitting, key=lambda size: abs(size - batch_size), default=None)
+    remedy = f"set data.batch_size={near}" if not rest and near else "use a number of processes that divides it"
+    require(
+        not rest and share % batch_size == 0,
+        f"optimizer.global_batch_size {wanted} is not a multiple of {num_processes} process(es) x data.batch_size "
+        f"{batch_size}; {remedy}",
+    )
+    return share // batch_size
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The resolved configuration as plain values, ready for YAML or JSON."""
     return dataclasses.asdict(config)
@@ -395,6 +489,8 @@ def help_text(program: str) -> str:
     """Usage and every key, with type, default and meaning."""
     lines = [
         f"usage: accelerate launch -m {program} --config FILE [--key=value ...]",
+        "",
+        "training.train --dry-run says what would be trained, its cost and memory, and stops.",
         "",
         "Keys of the YAML file; on the command line a key in a section is written with a dot:",
         f"  python -m {program} --config training/configs/digits_1step.yaml --optimizer.learning_rate=1e-3",

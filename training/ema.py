@@ -13,41 +13,44 @@ from torch import nn
 
 
 class WeightAverage:
-    """The average of a module's parameters; its decay warms up as (1 + step) / (10 + step) to `decay`.
+    """The average of a module's trained parameters; frozen ones are their own average.
 
     Args:
         module: the module, unwrapped from DDP.
         decay: the final decay.
+        warmup: let the decay rise as (1 + step) / (10 + step) to the final one.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, warmup: bool = True) -> None:
         self.module = module
-        self.average = EMAModel(module.parameters(), decay=decay, foreach=True)
+        trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        self.names, self.parameters = list(trained), list(trained.values())
+        self.average = EMAModel(self.parameters, decay=decay, min_decay=0.0 if warmup else decay, foreach=True)
 
     def update(self) -> None:
         """Take in the module's weights after an optimiser step."""
-        self.average.step(self.module.parameters())
+        self.average.step(self.parameters)
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
         """The module with averaged weights and in evaluation mode, for the length of a `with` block."""
         training = self.module.training
-        self.average.store(self.module.parameters())
-        self.average.copy_to(self.module.parameters())
+        self.average.store(self.parameters)
+        self.average.copy_to(self.parameters)
         self.module.eval()
         try:
             yield self.module
         finally:
-            self.average.restore(self.module.parameters())
+            self.average.restore(self.parameters)
             self.module.train(training)
 
     def save(self, path: Path) -> None:
-        names = (name for name, _ in self.module.named_parameters())
-        tensors = {name: tensor.contiguous() for name, tensor in zip(names, self.average.shadow_params, strict=True)}
+        shadows = zip(self.names, self.average.shadow_params, strict=True)
+        tensors = {name: tensor.contiguous() for name, tensor in shadows}
         save_file(tensors, path, metadata={"step": str(self.average.optimization_step)})
 
     def load(self, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
-            for (name, _), shadow in zip(self.module.named_parameters(), self.average.shadow_params, strict=True):
+            for name, shadow in zip(self.names, self.average.shadow_params, strict=True):
                 shadow.copy_(file.get_tensor(name))
             self.average.optimization_step = int(file.metadata()["step"])

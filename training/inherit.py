@@ -9,10 +9,12 @@ fresh initialisation". To support another kind of change, add a rule.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -43,15 +45,31 @@ def repeat_mask_token(old: Tensor, new: Tensor) -> Tensor | None:
     return old.expand_as(new).clone()
 
 
-RULES: dict[str, Rule] = {
+def interpolate_positions(old: Tensor, new: Tensor) -> Tensor | None:
+    """256 -> 512 px: a square grid of positions (1, T, D), resampled bicubically, corners not aligned."""
+    old_side, new_side = math.isqrt(old.shape[1]), math.isqrt(new.shape[1])
+    if old_side**2 != old.shape[1] or new_side**2 != new.shape[1] or old.shape[2] != new.shape[2]:
+        raise ValueError(
+            f"positions {tuple(old.shape)} cannot become {tuple(new.shape)}: only the side of a square grid may "
+            "change, not the width"
+        )
+    grid = old.transpose(1, 2).unflatten(-1, (old_side, old_side))
+    grown = F.interpolate(grid.float(), size=(new_side, new_side), mode="bicubic", align_corners=False)
+    return grown.flatten(2).transpose(1, 2)
+
+
+ENCODER_RULES: dict[str, Rule] = {
     "reference_projection.weight": fresh_projection,
     "mask_token": repeat_mask_token,
 }
+DECODER_RULES: dict[str, Rule] = {"position_embedding": interpolate_positions}
 # Tensors whose shape stays while the one named changes: a fresh weight with an old bias would be neither.
 FRESH_TOGETHER = {"reference_projection.bias": "reference_projection.weight"}
 
 
-def inherit(model: nn.Module, source: Mapping[str, Tensor], rules: Mapping[str, Rule] = RULES) -> list[Inherited]:
+def inherit(
+    model: nn.Module, source: Mapping[str, Tensor], rules: Mapping[str, Rule] = ENCODER_RULES
+) -> list[Inherited]:
     """Fill `model` from the state dict `source`; returns one row per tensor.
 
     Raises:

@@ -66,6 +66,7 @@ class LatentCache:
         self.shards = [load_file(self.folder / shard["file"]) for shard in index["shards"]]
         self._ends = np.cumsum([len(shard["labels"]) for shard in self.shards])
         self.labels: np.ndarray = torch.cat([shard["labels"] for shard in self.shards]).numpy()
+        self.rows = np.arange(len(self.labels))
         self.num_views: int = self.shards[0]["mean"].shape[1]
         self.latent_shape: tuple[int, int, int] = tuple(self.shards[0]["mean"].shape[2:])  # type: ignore[assignment]
 
@@ -78,14 +79,22 @@ class LatentCache:
 
     def moments(self, image: int, view: int) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation `(C, s, s)` of an image's posterior, float32, unscaled; view 1 is the mirror."""
-        number = int(np.searchsorted(self._ends, image, side="right"))
+        position = int(self.rows[image])
+        number = int(np.searchsorted(self._ends, position, side="right"))
         shard = self.shards[number]
-        row = image - int(self._ends[number])  # counted from the shard's end
+        row = position - int(self._ends[number])  # counted from the shard's end
         return shard["mean"][row, view].float(), shard["std"][row, view].float()
 
-    def __reduce__(self) -> tuple[type, tuple[Path]]:
+    def select(self, rows: np.ndarray) -> LatentCache:
+        """The cache with only these of its images, in this order, and all its classes."""
+        selected = LatentCache.__new__(LatentCache)  # the files stay open as they are
+        selected.__dict__.update(self.__dict__)
+        selected.rows, selected.labels = self.rows[rows], self.labels[rows]
+        return selected
+
+    def __reduce__(self) -> tuple[Any, tuple[Path, np.ndarray]]:
         """A worker process maps the files again instead of receiving their contents."""
-        return LatentCache, (self.folder,)
+        return reopen, (self.folder, self.rows)
 
     def check(self, **expected: Any) -> None:
         """Refuse a cache whose settings differ from `expected`.
@@ -94,6 +103,10 @@ class LatentCache:
             CacheError: naming each setting, its value in the cache and the expected one.
         """
         check_settings(self.folder, self.settings, expected)
+
+
+def reopen(folder: Path, rows: np.ndarray) -> LatentCache:
+    return LatentCache(folder).select(rows)
 
 
 def check_settings(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -1,9 +1,12 @@
-"""What a run reports: metrics.jsonl, the loss curve as a picture, TensorBoard where it is installed, preview grids."""
+"""What a run reports: metrics.jsonl, the loss curve as a picture, preview grids, speed."""
 
 from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,13 @@ from .config import PreviewConfig
 
 
 class MetricsLog:
-    """metrics.jsonl of a run, one JSON object a line; lines after `step`, of a run that was killed, are cut off."""
+    """A file of a run with one JSON object a line; lines after `step`, of a run that was killed, are cut off.
 
-    def __init__(self, output: Path, step: int) -> None:
-        self.path = output / "metrics.jsonl"
+    metrics.jsonl tells of training, validation.jsonl of the held-out images.
+    """
+
+    def __init__(self, output: Path, step: int, name: str = "metrics.jsonl") -> None:
+        self.path = output / name
         kept = [line for line in self.read() if line["step"] <= step]
         temporary = self.path.with_suffix(".partial")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -35,8 +41,8 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
-    def plot(self) -> None:
-        """loss.png: the training loss, raw and smoothed, over optimiser steps."""
+    def plot(self, validation: MetricsLog | None = None) -> None:
+        """loss.png: the training loss, raw and smoothed, over optimiser steps, and the loss on held-out images."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -49,6 +55,11 @@ class MetricsLog:
         axes = figure.add_subplot(xlabel="optimiser step", ylabel="velocity loss", yscale="log")
         axes.plot(steps, losses, color="#9bbcdc", linewidth=0.8, label="mean between log lines")
         axes.plot(steps, smooth(losses, 0.95), color="#1f4e79", label="smoothed")
+        held_out = validation.read() if validation is not None else []
+        for name, colour in (("raw", "#e0a070"), ("ema", "#b04a00")) if held_out else ():
+            values = [line[f"validation_loss_{name}"] for line in held_out]
+            label = f"held-out images, {name.replace('ema', 'averaged')} weights"
+            axes.plot([line["step"] for line in held_out], values, ".-", color=colour, label=label)
         axes.grid(alpha=0.3, which="both")
         axes.legend()
         temporary = self.path.with_name(".loss.partial.png")
@@ -75,7 +86,7 @@ def image_grid(images: list[Image.Image], columns: int, gap: int = 2) -> Image.I
     return grid
 
 
-def save_preview(pipeline: TransDiffPipeline, preview: PreviewConfig, seed: int, path: Path) -> None:
+def save_preview(pipeline: TransDiffPipeline, preview: PreviewConfig, seed: int, path: Path) -> Image.Image:
     """A grid with one column per label, always from the same noise, so that previews of a run can be compared."""
     pipeline.set_progress_bar_config(disable=True)
     labels = preview.labels * preview.rows
@@ -83,5 +94,69 @@ def save_preview(pipeline: TransDiffPipeline, preview: PreviewConfig, seed: int,
     images = pipeline(labels, num_inference_steps=preview.num_inference_steps, generator=generator).images
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.partial.png")
-    image_grid(images, len(preview.labels)).save(temporary)
+    grid = image_grid(images, len(preview.labels))
+    grid.save(temporary)
     os.replace(temporary, path)
+    return grid
+
+
+class Stopwatch:
+    """Seconds spent in named parts of the loop, the device's work included: `with watch.timing("data"): ...`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.clear()
+
+    def clear(self) -> None:
+        self.start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        start = self.now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
+
+    def now(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
+
+    def elapsed(self) -> float:
+        """Seconds since the last `clear`."""
+        return time.perf_counter() - self.start
+
+
+class Window:
+    """Averages over the steps since the last log line."""
+
+    def __init__(self, images_per_step: int, watch: Stopwatch) -> None:
+        self.images_per_step, self.watch = images_per_step, watch
+        self.clear()
+
+    def clear(self) -> None:
+        self.losses: list[torch.Tensor] = []
+        self.grad_norms: list[float] = []
+        self.watch.clear()
+
+    def add(self, losses: torch.Tensor, grad_norm: float) -> None:
+        self.losses.append(losses.cpu())
+        self.grad_norms.append(grad_norm)
+
+    def summary(self) -> dict[str, float]:
+        """Means since the last call: loss (also of each image position of several), gradient norm, speed.
+
+        `outside_fraction` is the share of the time that was not spent in forward and backward passes but on data,
+        optimiser, checkpoints and previews; `data_fraction` is the share spent waiting for batches.
+        """
+        means = torch.stack(self.losses).mean(0)
+        values = {"loss": means.mean().item()}
+        if len(means) > 1:
+            values |= {f"loss_image_{index}": value for index, value in enumerate(means.tolist())}
+        elapsed, seconds = self.watch.elapsed(), self.watch.seconds
+        values["grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
+        values["images_per_second"] = self.images_per_step * len(self.losses) / elapsed
+        values["outside_fraction"] = 1 - seconds.get("passes", 0.0) / elapsed
+        values["data_fraction"] = seconds.get("data", 0.0) / elapsed
+        self.clear()
+        return values

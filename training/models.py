@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,39 @@ from transdiff_pipelines import (
     TransDiffPipeline,
     TransDiffTransformer2DModel,
 )
+from transdiff_pipelines.pipelines.class_set import match_classes, resize_class_embedding
 
-from .config import ConfigError, ModelConfig, OptimizerConfig, SamplingConfig
-from .inherit import inherit, table
+from .config import ConfigError, LoraConfig, ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from .inherit import DECODER_RULES, ENCODER_RULES, inherit, table
 from .latent_cache import LatentCache
+from .lora import add_adapters
 from .loss import prefix_losses
 
 
 class TrainingModel(nn.Module):
-    """Encoder and decoder as one module whose forward pass is the loss, as DDP and FSDP want it."""
+    """Encoder and decoder as one module whose forward pass is the loss, as DDP and FSDP want it.
 
-    def __init__(self, condition_encoder: ARConditionEncoder, transformer: TransDiffTransformer2DModel) -> None:
+    Attributes:
+        classes: names of the encoder's classes.
+        class_ids: `(data classes + 1,)` the encoder's class of each class of the data, the null class last; None
+            where they are the same.
+    """
+
+    class_ids: Tensor | None
+
+    def __init__(
+        self, condition_encoder: ARConditionEncoder, transformer: TransDiffTransformer2DModel, classes: list[str]
+    ) -> None:
         super().__init__()
         self.condition_encoder = condition_encoder
         self.transformer = transformer
+        self.classes = classes
+        self.register_buffer("class_ids", None, persistent=False)
 
     def forward(self, latents: Tensor, labels: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         """The prefix losses `(N,)` of a batch; see `loss.prefix_losses`."""
+        if self.class_ids is not None:
+            labels = self.class_ids[labels]
         return prefix_losses(self.condition_encoder, self.transformer, latents, labels, timesteps, noise)
 
 
@@ -52,29 +69,36 @@ def preset_sizes(name: str) -> dict[str, int]:
 
 
 def new_model(
-    sizes: dict[str, int], model: ModelConfig, num_classes: int, latent_shape: tuple[int, int, int]
+    sizes: dict[str, int],
+    model: ModelConfig,
+    classes: list[str],
+    latent_shape: tuple[int, int, int],
+    encoder_side: int | None = None,
 ) -> TrainingModel:
-    """A freshly initialised model for latents of `latent_shape` (C, s, s)."""
+    """A freshly initialised model for latents of `latent_shape` (C, s, s); the encoder's grid may differ."""
     channels, side, _ = latent_shape
-    if side % model.patch_size:
-        raise ConfigError(f"model.patch_size {model.patch_size} does not divide the latent side {side}")
+    encoder_side = encoder_side or side
+    if encoder_side % model.patch_size:
+        raise ConfigError(f"model.patch_size {model.patch_size} does not divide the latent side {encoder_side}")
     shared = {
-        "sample_size": side,
         "in_channels": channels,
         "num_attention_heads": sizes["num_attention_heads"],
         "attention_head_dim": sizes["attention_head_dim"],
         "dropout": model.dropout,
     }
     encoder = ARConditionEncoder(
-        num_classes=num_classes,
+        num_classes=len(classes),
+        sample_size=encoder_side,
         patch_size=model.patch_size,
         num_class_tokens=sizes["num_class_tokens"],
         num_layers=sizes["encoder_layers"],
         **shared,
     )
     width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
-    transformer = TransDiffTransformer2DModel(num_layers=sizes["decoder_layers"], cross_attention_dim=width, **shared)
-    return TrainingModel(encoder, transformer)
+    transformer = TransDiffTransformer2DModel(
+        sample_size=side, num_layers=sizes["decoder_layers"], cross_attention_dim=width, **shared
+    )
+    return TrainingModel(encoder, transformer, classes)
 
 
 def sizes_of(encoder: ARConditionEncoder, transformer: TransDiffTransformer2DModel) -> dict[str, int]:
@@ -88,25 +112,31 @@ def sizes_of(encoder: ARConditionEncoder, transformer: TransDiffTransformer2DMod
     }
 
 
-def build_model(model: ModelConfig, cache: LatentCache, seed: int) -> tuple[TrainingModel, list[str]]:
+def build_model(config: TrainConfig, cache: LatentCache) -> tuple[TrainingModel, list[str]]:
     """The model of a run and what a user should know about it, one line each.
 
     Raises:
-        ConfigError: if sizes disagree with the pipeline to start from.
-        ValueError: if weights cannot be inherited.
+        ConfigError: if sizes or classes disagree with the pipeline to start from, or weights cannot be inherited.
     """
-    torch.manual_seed(seed)
+    model, lora = config.model, config.lora
+    torch.manual_seed(config.seed)
     if model.start_from is None:
         sizes = (
             preset_sizes(model.preset) if model.preset else {k: v for k, v in model.sizes().items() if v is not None}
         )
-        built, notes = new_model(sizes, model, cache.num_classes, cache.latent_shape), ["initialised afresh"]
+        built, notes = new_model(sizes, model, cache.classes, cache.latent_shape), ["initialised afresh"]
     else:
-        built, notes = inherit_model(model, cache)
-    return built, notes + freeze(built, model)
+        built, notes = inherit_model(model, lora, cache)
+    notes += freeze(built, model) if lora.rank is None else add_adapters(built, lora, model.frozen)
+    if config.gradient_checkpointing:
+        built.condition_encoder.enable_gradient_checkpointing()
+        built.transformer.enable_gradient_checkpointing()
+    trained = sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in built.parameters())
+    return built, [*notes, f"parameters: {trained:,} of {total:,} trained"]
 
 
-def inherit_model(model: ModelConfig, cache: LatentCache) -> tuple[TrainingModel, list[str]]:
+def inherit_model(model: ModelConfig, lora: LoraConfig, cache: LatentCache) -> tuple[TrainingModel, list[str]]:
     """A model for `model` and the data's classes that starts from the pipeline folder `model.start_from`."""
     folder = Path(str(model.start_from))
     if not (folder / "model_index.json").is_file():
@@ -119,11 +149,73 @@ def inherit_model(model: ModelConfig, cache: LatentCache) -> tuple[TrainingModel
         raise ConfigError(
             f"model sizes differ from {folder}: {', '.join(differing)}; leave them unset to take its sizes"
         )
-    built = new_model(sizes, model, cache.num_classes, cache.latent_shape)
-    notes = [f"started from {folder}"]
-    for part, old in (("condition_encoder", old_encoder), ("transformer", old_transformer)):
-        notes.append(f"{part}\n{table(inherit(getattr(built, part), old.state_dict()))}")
+    old_names = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("id2label")
+    sources = class_sources(model, old_names, old_encoder.config.num_classes, cache.classes)
+    if lora.rank is None:
+        classes, notes = cache.classes, [f"started from {folder}", describe_classes(sources, cache.classes)]
+        resize_class_embedding(old_encoder, sources)
+    else:
+        classes = [(old_names or {}).get(str(i), str(i)) for i in range(old_encoder.config.num_classes)]
+        notes = [f"adapting {folder}"]
+    built = new_model(sizes, model, classes, cache.latent_shape, encoder_side(model, old_encoder, cache))
+    if lora.rank is not None:
+        built.class_ids = adapted_classes(sources, cache.classes, len(classes))
+    for part, old, rules in (
+        ("condition_encoder", old_encoder, ENCODER_RULES),
+        ("transformer", old_transformer, DECODER_RULES),
+    ):
+        try:
+            notes.append(f"{part}\n{table(inherit(getattr(built, part), old.state_dict(), rules))}")
+        except ValueError as error:
+            raise ConfigError(f"{part} of {folder}: {error}") from None
     return built, notes
+
+
+def encoder_side(model: ModelConfig, old: ARConditionEncoder, cache: LatentCache) -> int:
+    """The side of the encoder's grid: the old one, for a 1-step encoder sees no image, whatever the resolution."""
+    side = cache.latent_shape[1]
+    if model.patch_size > 1 and old.config.sample_size != side:
+        raise ConfigError(
+            f"model.start_from has an encoder for {old.config.sample_size} x {old.config.sample_size} latents, the "
+            f"data's are {side} x {side}: an MRAR model (patch_size {model.patch_size}) reads images and keeps their "
+            "size. Use data of that size, or patch_size 1"
+        )
+    return old.config.sample_size
+
+
+def class_sources(model: ModelConfig, old_names: dict | None, num_old: int, classes: list[str]) -> list[int | None]:
+    """For each class of the data, the class of `model.start_from` whose embedding it keeps, or None."""
+    new_names = dict(enumerate(classes))
+    if model.classes == "new":
+        return [None] * len(classes)
+    try:
+        sources = match_classes(old_names if model.classes == "by_name" else None, new_names, num_old)
+    except ValueError as error:
+        raise ConfigError(f"model.classes=by_name: {error}") from None
+    if len(classes) == num_old and sources == [None] * num_old:
+        raise ConfigError(
+            f"model.start_from has as many classes as the data, {num_old}, and not one of the same name "
+            f"({next(iter((old_names or {}).values()))!r}, {classes[0]!r}): set model.classes=by_id if class i is "
+            "class i, or model.classes=new if they are others"
+        )
+    return sources
+
+
+def describe_classes(sources: list[int | None], classes: list[str]) -> str:
+    new = [name for name, source in zip(classes, sources, strict=True) if source is None]
+    names = f": {', '.join(new[:5])}{', ...' if len(new) > 5 else ''}" if new else ""
+    return f"classes: {len(classes) - len(new)} of {len(classes)} kept, {len(new)} from the mean of the old{names}"
+
+
+def adapted_classes(sources: list[int | None], classes: list[str], null_class: int) -> Tensor:
+    """`TrainingModel.class_ids` of a LoRA run, whose base keeps its own classes."""
+    unknown = [name for name, source in zip(classes, sources, strict=True) if source is None]
+    if unknown:
+        raise ConfigError(
+            f"LoRA leaves the class embeddings alone, and {', '.join(unknown[:5])} is no class of model.start_from: "
+            "name the data's classes as it does, or train the new ones first (without lora.rank)"
+        )
+    return torch.tensor([*sources, null_class])
 
 
 def freeze(built: TrainingModel, model: ModelConfig) -> list[str]:
@@ -135,9 +227,6 @@ def freeze(built: TrainingModel, model: ModelConfig) -> list[str]:
     if model.patch_size == 1 and "condition_encoder" not in model.frozen:
         built.condition_encoder.reference_projection.requires_grad_(False)
         notes.append("frozen: condition_encoder.reference_projection (nothing reads it in a 1-step model)")
-    trained = sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in built.parameters())
-    notes.append(f"parameters: {trained:,} of {total:,} trained")
     return notes
 
 
@@ -153,12 +242,21 @@ def parameter_groups(built: TrainingModel, weight_decay: float) -> list[dict[str
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(built: TrainingModel, optimizer: OptimizerConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameter_groups(built, optimizer.weight_decay),
-        lr=optimizer.learning_rate,
-        betas=(optimizer.beta1, optimizer.beta2),
-    )
+def build_optimizer(built: TrainingModel, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW of the kind asked for.
+
+    Raises:
+        ConfigError: if 8-bit AdamW is asked for and bitsandbytes is not installed.
+    """
+    groups = parameter_groups(built, optimizer.weight_decay)
+    arguments: dict[str, Any] = {"lr": optimizer.learning_rate, "betas": (optimizer.beta1, optimizer.beta2)}
+    if optimizer.kind == "8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ConfigError("optimizer.kind=8bit needs bitsandbytes: pip install bitsandbytes") from error
+        return AdamW8bit(groups, **arguments)
+    return torch.optim.AdamW(groups, fused=True if optimizer.kind == "fused" else None, **arguments)
 
 
 def build_pipeline(

@@ -10,25 +10,37 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import is_tensorboard_available
-from diffusers import AutoencoderKL
+from accelerate.utils import ProjectConfiguration
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from .card import write_card
-from .checkpoints import CheckpointError, find_checkpoint, read_progress, save_checkpoint
-from .config import ConfigError, ScheduleConfig, TrainConfig, config_or_exit, to_dict
+from .checkpoints import (
+    READ_ERRORS,
+    BrokenCheckpointError,
+    CheckpointError,
+    find_checkpoints,
+    read_progress,
+    resume_from,
+    save_checkpoint,
+)
+from .config import ConfigError, ScheduleConfig, TrainConfig, accumulation_steps, config_or_exit, to_dict
 from .data import GroupBatches, batch_loader, keyed_generator
 from .ema import WeightAverage
-from .latent_cache import CacheError, LatentCache, module_fingerprint
-from .metrics import MetricsLog, save_preview
+from .dry_run import describe
+from .latent_cache import CacheError, LatentCache, load_vae, module_fingerprint
+from .lora import save_adapters
+from .metrics import MetricsLog, Stopwatch, Window, save_preview
 from .models import build_model, build_optimizer, build_pipeline
+from .publish import PublishError, check_repository, publish
+from .trackers import check_trackers, log_image, start_trackers
+from .validation import Validation, held_out_images
 
 
 class TrainingStopped(RuntimeError):
@@ -66,22 +78,28 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.output = Path(config.output)
-        checkpoint = find_checkpoint(self.output, config.resume)
+        candidates = find_checkpoints(self.output, config.resume)
+        check_trackers(config.trackers)
+        if config.push_to_hub is not None:
+            check_repository(config.push_to_hub)
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.optimizer.gradient_accumulation,
-            log_with="tensorboard" if is_tensorboard_available() else None,
-            project_dir=self.output,
+            log_with=config.trackers or None,
+            project_config=ProjectConfiguration(str(self.output), logging_dir=str(self.output / "tensorboard")),
         )
+        self.accumulation = accumulation_steps(config, self.accelerator.num_processes)
+        self.accelerator.gradient_accumulation_steps = self.accumulation
         self.cache = LatentCache(config.data.cache)
-        self.vae = AutoencoderKL.from_pretrained(config.data.vae).eval().requires_grad_(False)
+        self.vae = load_vae(config.data.vae).eval().requires_grad_(False)
         self.cache.check(
             vae_fingerprint=module_fingerprint(self.vae, dict(self.vae.config)),
             image_size=config.data.image_size,
             mirror=config.data.mirror,
         )
-        self._check_preview()
-        module, notes = build_model(config.model, self.cache, config.seed)
+        self.cache, held_out = held_out_images(self.cache, config)
+        self.validation = None if held_out is None else Validation(held_out, config, self.accelerator)
+        module, notes = build_model(config, self.cache)
+        self._check_preview(module.classes)
         self.batches = self._batches()
         self.rate = LearningRate(self._peak_rate(), config.schedule, self.steps_per_epoch)
         self.say(*notes, self._describe_data())
@@ -89,10 +107,18 @@ class Trainer:
         optimizer = build_optimizer(module, config.optimizer)
         self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
         self.module = self.accelerator.unwrap_model(self.model)
-        self.ema = WeightAverage(self.module, config.ema.decay)
+        if config.compile != "no":
+            for network in (self.module.condition_encoder, self.module.transformer):
+                network.compile_repeated_blocks(backend=config.compile)
+        self.ema = WeightAverage(self.module, config.ema.decay, config.ema.warmup)
+        # accelerate's own file would have names that depend on the number of processes
+        self.accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+        self.accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+        self.watch = Stopwatch(self.accelerator.device)
         self.step = self.skipped = self.bad_in_a_row = 0
-        if checkpoint is not None:
-            self._load(checkpoint)
+        if candidates:
+            self.say(*resume_from(self.accelerator, candidates, self._load))
+            self.say(f"resumed at step {self.step} of {self.rate.total_steps}")
 
     # --- building ---
 
@@ -113,7 +139,7 @@ class Trainer:
     @property
     def groups_per_step(self) -> int:
         """The global batch: groups per optimiser step over all processes."""
-        return self.batches.global_batch_size * self.config.optimizer.gradient_accumulation
+        return self.batches.global_batch_size * self.accumulation
 
     @property
     def steps_per_epoch(self) -> float:
@@ -123,12 +149,10 @@ class Trainer:
         optimizer = self.config.optimizer
         return optimizer.learning_rate * (self.groups_per_step / 256 if optimizer.scale_by_batch else 1)
 
-    def _check_preview(self) -> None:
-        wrong = [label for label in self.config.preview.labels if not 0 <= label < self.cache.num_classes]
+    def _check_preview(self, classes: list[str]) -> None:
+        wrong = [label for label in self.config.preview.labels if not 0 <= label < len(classes)]
         if self.config.preview.every is not None and wrong:
-            raise ConfigError(
-                f"preview.labels {wrong} are outside 0..{self.cache.num_classes - 1}, the data's classes"
-            )
+            raise ConfigError(f"preview.labels {wrong} are outside 0..{len(classes) - 1}, the model's classes")
 
     def _describe_data(self) -> str:
         return (
@@ -159,12 +183,12 @@ class Trainer:
             text = yaml.safe_dump(to_dict(self.config), sort_keys=False)
             (self.output / "config.yaml").write_text(text, encoding="utf-8")
             self.metrics = MetricsLog(self.output, self.step)
-        self.accelerator.init_trackers("tensorboard")
+            self.validations = MetricsLog(self.output, self.step, "validation.jsonl")
+        start_trackers(self.accelerator, self.config)
         self.model.train()
-        accumulation = self.config.optimizer.gradient_accumulation
-        first, last = self.step * accumulation, self.rate.total_steps * accumulation
+        first, last = self.step * self.accumulation, self.rate.total_steps * self.accumulation
         loader = iter(batch_loader(self.batches, first, last, self.config.data.workers))
-        window = Window(self.groups_per_step * self.batches.group_size)
+        window = Window(self.groups_per_step * self.batches.group_size, self.watch)
         with tqdm(
             total=self.rate.total_steps,
             initial=self.step,
@@ -174,7 +198,9 @@ class Trainer:
             mininterval=1,
         ) as bar:
             while self.step < self.rate.total_steps:
-                losses, grad_norm = self.train_step([next(loader) for _ in range(accumulation)])
+                with self.watch.timing("data"):
+                    micro_batches = [next(loader) for _ in range(self.accumulation)]
+                losses, grad_norm = self.train_step(micro_batches)
                 window.add(losses, grad_norm)
                 bar.update()
                 self._report(window, bar)
@@ -193,7 +219,7 @@ class Trainer:
         grad_norm = torch.zeros(())
         for batch in micro_batches:
             batch = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-            with self.accelerator.accumulate(self.model):
+            with self.accelerator.accumulate(self.model), self.watch.timing("passes"):
                 losses = self.model(**batch)
                 self.accelerator.backward(losses.mean())
                 total = total + losses.detach() / len(micro_batches)
@@ -252,93 +278,121 @@ class Trainer:
         preview_every = self.config.preview.every
         if preview_every is not None and (last or self.step % preview_every == 0):
             self.preview()
+        if self.validation is not None and (last or self.step % self.config.validation.every == 0):
+            self.validate(self.validation)
         if last or self.step % self.config.checkpoints.every == 0:
-            self.save()
+            try:
+                self.save()
+            except CheckpointError as error:
+                if last:
+                    raise
+                self.say(f"warning: {error}; training goes on, and earlier checkpoints stay")
 
     def preview(self) -> None:
-        """previews/step-N.png from the averaged weights, and loss.png."""
+        """previews/step-N.png from the averaged weights, step-N-raw.png from the raw ones, and loss.png."""
         if self.accelerator.is_main_process:
+            self._save_preview("raw", "-raw")
             with self.ema.applied():
-                pipeline = self.pipeline()
-                path = self.output / "previews" / f"step-{self.step:08d}.png"
-                save_preview(pipeline, self.config.preview, self.config.seed, path)
-            self.metrics.plot()
+                self._save_preview("ema", "")
+            self.metrics.plot(self.validations)
         self.accelerator.wait_for_everyone()
+
+    def _save_preview(self, weights: str, suffix: str) -> None:
+        path = self.output / "previews" / f"step-{self.step:08d}{suffix}.png"
+        self.module.eval()
+        grid = save_preview(self.pipeline(), self.config.preview, self.config.seed, path)
+        self.module.train()
+        log_image(self.accelerator, f"samples_{weights}", grid, self.step)
+
+    def validate(self, validation: Validation) -> None:
+        """The loss on held-out images, of raw and of averaged weights: into validation.jsonl and the trackers."""
+        values = {"validation_loss_raw": validation.loss(self.module)}
+        with self.ema.applied():
+            values["validation_loss_ema"] = validation.loss(self.module)
+        if self.accelerator.is_main_process:
+            self.validations.write({"step": self.step, **values})
+        self.accelerator.log(values, step=self.step)
+        self.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
     def pipeline(self) -> Any:
         """The pipeline around the networks as they are now."""
         self.vae.to(self.accelerator.device)
-        return build_pipeline(self.module, self.vae, self.config.sampling, self.cache.classes)
+        return build_pipeline(self.module, self.vae, self.config.sampling, self.module.classes)
 
     def save(self) -> Path:
         """Write a checkpoint; all processes call this together."""
-        progress = {"step": self.step, "skipped": self.skipped, "config": to_dict(self.config)}
+        progress = {
+            "step": self.step,
+            "skipped": self.skipped,
+            "groups_per_step": self.groups_per_step,
+            "config": to_dict(self.config),
+        }
         keep = self.config.checkpoints.keep
         return save_checkpoint(self.accelerator, self.output, progress, self._save_main, keep)
 
     def _save_main(self, folder: Path) -> None:
+        state = {name: value.contiguous() for name, value in self._raw_weights().items()}
+        save_file(state, folder / "state" / "model.safetensors")
         self.ema.save(folder / "state" / "ema.safetensors")
+        self._export(folder)
+
+    def _raw_weights(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps of the weights: all, or with LoRA the adapters alone."""
+        state = self.module.state_dict()
+        return state if self.config.lora.rank is None else {name: state[name] for name in self.ema.names}
+
+    def _export(self, folder: Path) -> Path:
+        """The averaged weights for users: `folder`/pipeline, or with LoRA `folder`/lora; returns which."""
         with self.ema.applied():
-            self.pipeline().save_pretrained(folder / "pipeline")
+            if self.config.lora.rank is None:
+                self.pipeline().save_pretrained(folder / "pipeline")
+                return folder / "pipeline"
+            save_adapters(self.module, folder / "lora")
+            return folder / "lora"
 
     def _load(self, checkpoint: Path) -> None:
-        progress = read_progress(checkpoint, to_dict(self.config))
-        self.accelerator.load_state(str(checkpoint / "state"))
-        self.ema.load(checkpoint / "state" / "ema.safetensors")
+        progress = read_progress(checkpoint, self.config, self.groups_per_step)
+        try:
+            raw = load_file(checkpoint / "state" / "model.safetensors")
+            self.accelerator.load_state(str(checkpoint / "state"))
+            self.ema.load(checkpoint / "state" / "ema.safetensors")
+            for name, value in self._raw_weights().items():
+                value.copy_(raw[name])
+        except READ_ERRORS as error:
+            raise BrokenCheckpointError(f"{checkpoint} cannot be read ({error})") from error
         self.step, self.skipped = progress["step"], progress["skipped"]
-        self.say(f"resumed from {checkpoint}, step {self.step} of {self.rate.total_steps}")
 
     def _finish(self) -> Path:
-        """Put the last checkpoint's pipeline at OUTPUT/pipeline, replacing an older one as a whole."""
-        final = self.output / "pipeline"
+        """Put the averaged weights at OUTPUT/pipeline, or OUTPUT/lora, replacing an older one as a whole."""
+        final = self.output / ("pipeline" if self.config.lora.rank is None else "lora")
         if self.accelerator.is_main_process:
-            partial = self.output / ".pipeline.partial"
+            partial = self.output / ".final.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            self.metrics.plot()
-            with self.ema.applied():
-                pipeline = self.pipeline()
-                pipeline.save_pretrained(partial)
-            write_card(partial, pipeline, self.config, self._describe_data(), self.metrics.read())
+            self.metrics.plot(self.validations)
+            exported = self._export(partial)
+            if self.config.lora.rank is None:
+                write_card(exported, self.pipeline(), self.config, self._describe_data(), self.metrics.read())
             shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+            exported.rename(final)
+            partial.rmdir()
         self.accelerator.wait_for_everyone()
         self.say(f"finished: {final}")
+        if self.config.push_to_hub is not None and self.accelerator.is_main_process:
+            self.say(f"pushed to {publish(final, self.config.push_to_hub)}")
         return final
 
 
-class Window:
-    """Averages over the steps since the last log line."""
-
-    def __init__(self, images_per_step: int) -> None:
-        self.images_per_step = images_per_step
-        self.clear()
-
-    def clear(self) -> None:
-        self.losses: list[torch.Tensor] = []
-        self.grad_norms: list[float] = []
-        self.start = time.perf_counter()
-
-    def add(self, losses: torch.Tensor, grad_norm: float) -> None:
-        self.losses.append(losses.cpu())
-        self.grad_norms.append(grad_norm)
-
-    def summary(self) -> dict[str, float]:
-        """Means since the last call: loss (also of each image position of several), gradient norm, speed."""
-        means = torch.stack(self.losses).mean(0)
-        values = {"loss": means.mean().item()}
-        if len(means) > 1:
-            values |= {f"loss_image_{index}": value for index, value in enumerate(means.tolist())}
-        values["grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
-        values["images_per_second"] = self.images_per_step * len(self.losses) / (time.perf_counter() - self.start)
-        self.clear()
-        return values
-
-
 def main() -> None:
-    config = config_or_exit("training.train")
+    """Train, or with `--dry-run` say what would be trained and stop."""
+    dry_run = "--dry-run" in sys.argv[1:]
+    config = config_or_exit("training.train", [argument for argument in sys.argv[1:] if argument != "--dry-run"])
     try:
-        Trainer(config).run()
-    except (ConfigError, CacheError, CheckpointError, TrainingStopped) as error:
+        trainer = Trainer(config)
+        if dry_run:
+            trainer.say(describe(trainer))
+        else:
+            trainer.run()
+    except (ConfigError, CacheError, CheckpointError, TrainingStopped, PublishError) as error:
         print(f"training.train: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from tiny import tiny_transformer
 
-from training.inherit import inherit, table
+from training.inherit import DECODER_RULES, inherit, interpolate_positions, table
 from transdiff_pipelines import ARConditionEncoder
 
 
@@ -22,8 +23,10 @@ def encoder(seed: int, **changes) -> ARConditionEncoder:
     return ARConditionEncoder(**(sizes | changes))
 
 
-def test_one_step_to_mrar() -> None:
-    old, new, untouched = encoder(0), encoder(1, patch_size=2), encoder(1, patch_size=2)
+@pytest.mark.parametrize("patch_size", [2, 4, 8])
+def test_one_step_to_mrar(patch_size: int) -> None:
+    grids = {"sample_size": 16}
+    old, new, untouched = encoder(0, **grids), *(encoder(1, patch_size=patch_size, **grids) for _ in range(2))
     rows = {row.name: row.action for row in inherit(new, old.state_dict())}
     fresh = {"reference_projection.weight", "reference_projection.bias"}
     assert {name for name, action in rows.items() if action == "fresh"} == fresh
@@ -32,8 +35,8 @@ def test_one_step_to_mrar() -> None:
         if name in fresh:
             assert torch.equal(value, untouched.state_dict()[name])
         elif name == "mask_token":
-            assert value.shape == (1, 4, 8)
-            assert all(torch.equal(value[:, index], old.mask_token[:, 0]) for index in range(4))
+            assert value.shape == (1, 256 // patch_size**2, 8)
+            assert all(torch.equal(value[:, index], old.mask_token[:, 0]) for index in range(value.shape[1]))
         else:
             assert torch.equal(value, old.state_dict()[name])
 
@@ -69,6 +72,27 @@ def test_the_table_names_what_changed() -> None:
 def test_any_other_difference_is_an_error(changes: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         inherit(encoder(1, **changes), encoder(0).state_dict())
+
+
+def test_positions_grow_with_the_grid_and_stay_where_they_are() -> None:
+    """Pixel centres keep their place (corners are not aligned): a plane stays the same plane, away from the border."""
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    plane = torch.stack([rows, columns, torch.ones(8, 8)], dim=-1).view(1, 64, 3)
+    grown = interpolate_positions(plane, torch.empty(1, 256, 3)).view(16, 16, 3)
+    inner = slice(4, 12)
+    places = (torch.arange(16.0) + 0.5) / 2 - 0.5
+    near = {"atol": 0.05, "rtol": 0}  # PyTorch's cubic is off a straight line by that much; aligned corners by 0.4
+    torch.testing.assert_close(grown[inner, inner, 0], places[inner, None].expand(8, 8), **near)
+    torch.testing.assert_close(grown[inner, inner, 1], places[None, inner].expand(8, 8), **near)
+    torch.testing.assert_close(grown[..., 2], torch.ones(16, 16))
+
+
+def test_a_decoder_for_more_tokens_keeps_everything_but_positions() -> None:
+    old, new = tiny_transformer(4), tiny_transformer(8)
+    rows = inherit(new, old.state_dict(), DECODER_RULES)
+    assert [row.name for row in rows if row.action != "copied"] == ["position_embedding"]
+    with pytest.raises(ValueError, match="not the width"):
+        inherit(tiny_transformer(8, attention_head_dim=4), old.state_dict(), DECODER_RULES)
 
 
 def test_a_longer_source_is_an_error_too() -> None:

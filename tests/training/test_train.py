@@ -1,5 +1,6 @@
 """Whole runs on tiny models: resuming, kills, bad steps, inheritance, two processes."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from training.checkpoints import CheckpointError, checkpoint_folders, find_checkpoint
+from training.checkpoints import CheckpointError, checkpoint_folders, find_checkpoints
 from training.config import ConfigError, ScheduleConfig, TrainConfig, to_dict
 from training.models import parameter_groups
 from training.train import LearningRate, Trainer, TrainingStopped
@@ -169,6 +170,33 @@ def test_bf16_keeps_weights_in_float32_and_stays_near_float32(make_config) -> No
     assert losses(half.output) != losses(make_config("full").output)
 
 
+# --- memory and speed ---
+
+
+@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"optimizer.kind": "fused"}])
+def test_memory_and_speed_options_leave_the_curve_alone(make_config, change: dict) -> None:
+    options = {"model.patch_size": 2, "checkpoints.every": 100}  # dropout is on: its draws are repeated
+    train(make_config("plain", **options))
+    train(make_config("other", **options, **change))
+    assert losses(make_config("other").output) == pytest.approx(losses(make_config("plain").output), rel=1e-4)
+
+
+def test_compiled_blocks_leave_the_curve_alone_and_the_checkpoint_too(make_config) -> None:
+    options = {"checkpoints.every": 100, "model.dropout": 0.0, "schedule.steps": 2}
+    train(make_config("plain", **options))
+    train(make_config("compiled", **options, compile="aot_eager"))
+    assert losses(make_config("compiled").output) == pytest.approx(losses(make_config("plain").output), rel=1e-4)
+    assert final_tensors(make_config("compiled").output).keys() == final_tensors(make_config("plain").output).keys()
+
+
+def test_8_bit_adamw_is_built_or_says_what_to_install(make_config) -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+            Trainer(make_config(**{"optimizer.kind": "8bit"}))
+    else:
+        assert type(Trainer(make_config(**{"optimizer.kind": "8bit"})).optimizer.optimizer).__name__ == "AdamW8bit"
+
+
 # --- resuming and kills ---
 
 
@@ -202,19 +230,20 @@ def test_the_last_k_checkpoints_are_kept(make_config) -> None:
 
 def test_what_resume_means(make_config, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
-    assert find_checkpoint(empty, "auto") is None
-    assert find_checkpoint(empty, "never") is None
+    assert find_checkpoints(empty, "auto") == []
+    assert find_checkpoints(empty, "never") == []
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        find_checkpoint(empty, "latest")
+        find_checkpoints(empty, "latest")
     with pytest.raises(CheckpointError, match="no such checkpoint"):
-        find_checkpoint(empty, str(tmp_path / "step-00000007"))
-    config = make_config(**{"schedule.steps": 2})
+        find_checkpoints(empty, str(tmp_path / "step-00000007"))
+    config = make_config(**{"schedule.steps": 4})
     train(config)
-    only = checkpoint_folders(Path(config.output))[0]
-    for resume in ("auto", "latest", str(only)):
-        assert find_checkpoint(Path(config.output), resume) == only
+    older, newer = checkpoint_folders(Path(config.output))
+    assert find_checkpoints(Path(config.output), "auto") == [newer, older]
+    assert find_checkpoints(Path(config.output), "latest") == [newer, older]
+    assert find_checkpoints(Path(config.output), str(older)) == [older]
     with pytest.raises(CheckpointError, match="already has checkpoints"):
-        find_checkpoint(Path(config.output), "never")
+        find_checkpoints(Path(config.output), "never")
 
 
 def test_a_run_does_not_continue_with_other_settings_but_may_be_prolonged(make_config) -> None:
@@ -299,3 +328,6 @@ def test_two_processes_give_the_curve_of_one(make_config, tmp_path: Path) -> Non
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert losses(two.output) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    # what two processes saved, one continues at the same global batch
+    alone = make_config("two", **options | {"schedule.steps": 4}, **{"data.batch_size": 4})
+    assert Trainer(alone).step == 3

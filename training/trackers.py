@@ -1,0 +1,46 @@
+"""Where a run reports to besides its own files: TensorBoard, or what else accelerate's trackers know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from PIL import Image
+
+from .checkpoints import flatten
+from .config import ConfigError, TrainConfig, to_dict
+
+
+def check_trackers(names: list[str]) -> None:
+    """Refuse trackers that do not exist or are not installed.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    installed = set(map(str, get_available_trackers()))
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ConfigError(f"trackers names {name!r}; valid names: {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        if name not in installed:
+            raise ConfigError(f"trackers names {name}, which is not installed: pip install {name}, or --trackers=[]")
+
+
+def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Begin to report, with the whole configuration as hyper-parameters. TensorBoard's files go to OUTPUT/tensorboard."""
+    plain = (int, float, str)
+    values = {
+        key: value if isinstance(value, plain) else str(value) for key, value in flatten(to_dict(config)).items()
+    }
+    run = {"name": Path(config.output).name}
+    accelerator.init_trackers(config.project, values, init_kwargs={"wandb": run, "trackio": run})
+
+
+def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
+    """Show an image in the trackers that can."""
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            values: dict[str, Any] = {name: np.asarray(image)[None]}
+            tracker.log_images(values, step=step)
