@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -32,8 +32,8 @@ from .checkpoints import (
 )
 from .config import ConfigError, ScheduleConfig, TrainConfig, accumulation_steps, config_or_exit, to_dict
 from .data import GroupBatches, batch_loader, keyed_generator
-from .ema import WeightAverage
 from .dry_run import describe
+from .ema import WeightAverage
 from .latent_cache import CacheError, LatentCache, load_vae, module_fingerprint
 from .lora import save_adapters
 from .metrics import MetricsLog, Stopwatch, Window, save_preview
@@ -72,6 +72,20 @@ class LearningRate:
         return self.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def check_distribution(distributed_type: DistributedType) -> None:
+    """Refuse ways of splitting the weights over processes that checkpoints here do not know.
+
+    Raises:
+        ConfigError: for FSDP, DeepSpeed and Megatron.
+    """
+    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if distributed_type in sharded:
+        raise ConfigError(
+            f"training under {distributed_type.value} is not supported: every process keeps the whole model here. "
+            "Launch with --multi_gpu; if memory is short, set gradient_checkpointing, optimizer.kind=8bit or data.batch_size"
+        )
+
+
 class Trainer:
     """One run: builds everything from a configuration, then `run()` trains to the end of the schedule."""
 
@@ -87,6 +101,7 @@ class Trainer:
             log_with=config.trackers or None,
             project_config=ProjectConfiguration(str(self.output), logging_dir=str(self.output / "tensorboard")),
         )
+        check_distribution(self.accelerator.distributed_type)
         self.accumulation = accumulation_steps(config, self.accelerator.num_processes)
         self.accelerator.gradient_accumulation_steps = self.accumulation
         self.cache = LatentCache(config.data.cache)

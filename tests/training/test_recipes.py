@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from tiny import seeded, tiny_encoder, tiny_pipeline, tiny_transformer
@@ -181,6 +183,13 @@ def test_512_px_trains_the_decoder_on_a_finer_grid(small, base: Path, large_cach
 def test_mrar_keeps_the_resolution_it_reads(small, large_cache: LatentCache) -> None:
     with pytest.raises(ConfigError, match="encoder for 4 x 4 latents, the data's are 8 x 8"):
         Trainer(small("transdiff_l_mrar", **{"data.cache": large_cache.folder, "data.image_size": 32}))
+
+
+@pytest.mark.parametrize("name", ["ddp", "two_nodes"])
+def test_accelerate_reads_the_shipped_launch_files(name: str) -> None:
+    config = load_config_from_file(str(CONFIGS.parent / "accelerate" / f"{name}.yaml"))
+    assert config.distributed_type == DistributedType.MULTI_GPU
+    assert config.num_processes == 8 * config.num_machines
 
 
 # --- a new class set ---

@@ -13,12 +13,13 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from training.checkpoints import CheckpointError, checkpoint_folders, find_checkpoints
 from training.config import ConfigError, ScheduleConfig, TrainConfig, to_dict
 from training.models import parameter_groups
-from training.train import LearningRate, Trainer, TrainingStopped
+from training.train import LearningRate, Trainer, TrainingStopped, check_distribution
 from transdiff_pipelines import TransDiffPipeline
 
 
@@ -195,6 +196,13 @@ def test_8_bit_adamw_is_built_or_says_what_to_install(make_config) -> None:
             Trainer(make_config(**{"optimizer.kind": "8bit"}))
     else:
         assert type(Trainer(make_config(**{"optimizer.kind": "8bit"})).optimizer.optimizer).__name__ == "AdamW8bit"
+
+
+def test_sharded_weights_are_refused_before_anything_is_lost() -> None:
+    for good in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        check_distribution(good)
+    with pytest.raises(ConfigError, match="FSDP is not supported.*--multi_gpu"):
+        check_distribution(DistributedType.FSDP)
 
 
 # --- resuming and kills ---
