@@ -82,7 +82,7 @@ def check_distribution(distributed_type: DistributedType) -> None:
     if distributed_type in sharded:
         raise ConfigError(
             f"training under {distributed_type.value} is not supported: every process keeps the whole model here. "
-            "Launch with --multi_gpu; if memory is short, set gradient_checkpointing, optimizer.kind=8bit or data.batch_size"
+            "Launch with --multi_gpu; if memory is short, try gradient_checkpointing or a smaller data.batch_size"
         )
 
 
