@@ -25,12 +25,11 @@ if TYPE_CHECKING:
 OPTIMIZER_BYTES = {"adamw": 8, "fused": 8, "8bit": 2}
 """Bytes of AdamW's two averages per trained parameter."""
 
+ATEN = torch.ops.aten
 CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *rest, **options: (
-        sdpa_flop_count(query, key, value)
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, query, key, value, *rest, **options: (
-        sdpa_backward_flop_count(grad, query, key, value)
+    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **options: sdpa_flop_count(q, k, v),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *rest, **options: (
+        sdpa_backward_flop_count(grad, q, k, v)
     ),
 }
 """The attention kernels that PyTorch's counter leaves out."""
@@ -70,8 +69,9 @@ def schedule(trainer: Trainer) -> list[str]:
     return [
         f"global batch: {trainer.groups_per_step} groups of {batches.group_size} image(s): {batches.batch_size} x "
         f"{processes} process(es) x {trainer.accumulation} accumulation step(s)",
-        f"schedule: {rate.total_steps} steps, {epochs:.1f} epochs of {batches.groups_per_epoch} groups; learning rate "
-        f"{rate.peak:g} after {rate.warmup_steps} warm-up steps, then {rate.decay}; the next step is {trainer.step + 1}",
+        f"schedule: {rate.total_steps} steps, {epochs:.1f} epochs of {batches.groups_per_epoch} groups; learning "
+        f"rate {rate.peak:g} after {rate.warmup_steps} warm-up steps, then {rate.decay}",
+        f"next step: {trainer.step + 1}",
     ]
 
 

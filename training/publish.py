@@ -37,7 +37,9 @@ def publish(folder: Path, repo_id: str) -> str:
     api = HfApi()
     try:
         address = api.create_repo(repo_id, private=True, exist_ok=True)
-        api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Trained with transdiff_pipelines")
+        api.upload_folder(
+            repo_id=address.repo_id, folder_path=folder, commit_message="Trained with transdiff_pipelines"
+        )
     except Exception as error:  # whatever network and server do, the run is finished
         raise PublishError(
             f"{folder} is complete but was not pushed to {repo_id} ({type(error).__name__}: {error}). Try again with: "

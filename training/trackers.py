@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -29,7 +28,7 @@ def check_trackers(names: list[str]) -> None:
 
 
 def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Begin to report, with the whole configuration as hyper-parameters. TensorBoard's files go to OUTPUT/tensorboard."""
+    """Begin to report, with the configuration as hyper-parameters; TensorBoard's files go to OUTPUT/tensorboard."""
     plain = (int, float, str)
     values = {
         key: value if isinstance(value, plain) else str(value) for key, value in flatten(to_dict(config)).items()
@@ -39,8 +38,9 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
-    """Show an image in the trackers that can."""
+    """Show an image in TensorBoard and W&B; the other trackers each want something else, or take none."""
     for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            values: dict[str, Any] = {name: np.asarray(image)[None]}
-            tracker.log_images(values, step=step)
+        if tracker.name == "tensorboard":
+            tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({name: [image]}, step=step)

@@ -40,9 +40,7 @@ def held_out_images(cache: LatentCache, config: TrainConfig) -> tuple[LatentCach
     held_out: LatentCache | None = None
     if config.validation.cache is not None:
         held_out = LatentCache(config.validation.cache)
-        held_out.check(
-            vae_fingerprint=cache.vae_fingerprint, image_size=config.data.image_size, classes=cache.classes
-        )
+        held_out.check(vae_fingerprint=cache.vae_fingerprint, image_size=config.data.image_size, classes=cache.classes)
     elif config.validation.fraction > 0:
         cache, held_out = hold_out(cache, config.validation.fraction, config.seed)
     return cache, None if held_out is None else limited(held_out, config.validation, config.seed)
