@@ -106,8 +106,8 @@ class DataConfig:
     images: str | None = option(None, "folder with one sub-folder per class; read by cache_latents only")
     dataset: str | None = option(
         None,
-        "in place of data.images: a Hugging Face dataset (a Hub name, a folder that load_dataset reads, or one written "
-        "by save_to_disk); read by cache_latents only",
+        "in place of data.images: a Hugging Face dataset (a Hub name, a folder that load_dataset reads, or one that "
+        "save_to_disk wrote); read by cache_latents only",
     )
     subset: str | None = option(None, "data.dataset: the configuration of a dataset that has several")
     split: str = option("train", "data.dataset: the split")
