@@ -308,7 +308,7 @@ def test_previews_are_made_from_the_same_noise_and_leave_training_alone(make_con
     train(shown)
     assert losses(quiet.output) == losses(shown.output)
     names = {path.name for path in (Path(shown.output) / "previews").iterdir()}
-    assert names == {"step-00000002.png", "step-00000004.png"}
+    assert names == {f"step-0000000{step}{weights}.png" for step in (2, 4) for weights in ("", "-raw")}
     assert (Path(shown.output) / "loss.png").exists()
 
 
