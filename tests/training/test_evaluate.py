@@ -1,6 +1,7 @@
 """Evaluation: the same images from any number of processes, metrics that agree with a second implementation."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -306,6 +307,43 @@ class TestExtractors:
         torch.testing.assert_close(features.logits.softmax(1).float(), features.pool.softmax(1))
         assert features.spatial is None
 
+    def test_torch_fidelity(self, tmp_path, monkeypatch):
+        """A network with the calls of FeatureExtractorInceptionV3: what is taken from it, in ADM's order."""
+
+        class Mixed(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.branch1x1 = torch.nn.Identity()
+
+        class Inception(torch.nn.Module):
+            def __init__(self, name, features_list, feature_extractor_weights_path, **kwargs):
+                super().__init__()
+                assert features_list == ["2048", "logits_unbiased"]
+                self.Mixed_6d = Mixed()
+                self.scale = torch.load(feature_extractor_weights_path, weights_only=True)["scale"]
+
+            def forward(self, x):
+                grid = self.Mixed_6d.branch1x1(torch.arange(2 * 9 * 4.0).reshape(2, 9, 2, 2))
+                return self.scale * grid.mean(dim=[2, 3]), grid.amax(dim=[2, 3])
+
+        module = type(sys)("torch_fidelity.feature_extractor_inceptionv3")
+        module.FeatureExtractorInceptionV3 = Inception
+        monkeypatch.setitem(sys.modules, "torch_fidelity", type(sys)("torch_fidelity"))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        torch.save({"scale": torch.tensor(2.0)}, tmp_path / "weights.pth")
+        features = load_extractor("torch-fidelity", tmp_path / "weights.pth", CPU)(torch.zeros(2, 3, 8, 8))
+        assert features.pool.shape == features.logits.shape == (2, 9)
+        assert features.pool[0, 0] == 3  # 2 * mean(0, 1, 2, 3)
+        # position by position, 7 of the 9 channels
+        assert features.spatial.shape == (2, 4 * 7)
+        assert features.spatial[0, :8].tolist() == [0, 4, 8, 12, 16, 20, 24, 1]
+
+    def test_weights_that_hold_more_than_tensors_are_refused(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("training.evaluation.features._import_torch_fidelity", lambda: pytest.fail)
+        torch.save({"path": Path("anything")}, tmp_path / "weights.pth")
+        with pytest.raises(pickle.UnpicklingError):
+            load_extractor("torch-fidelity", tmp_path / "weights.pth", CPU)
+
     def test_one_of_your_own(self):
         extractor = load_extractor("training.evaluation.features:pixels", None, CPU)
         pool = extractor(torch.full((2, 3, 32, 32), 255, dtype=torch.uint8)).pool
@@ -420,9 +458,10 @@ class TestCommand:
             parse_axis(text)
 
     @pytest.mark.slow
+    @pytest.mark.timeout(1800)
     def test_two_processes(self, model, tmp_path):
         for count in (1, 2):
             launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count)]
             launch += ["--num_machines", "1", "--dynamo_backend", "no", "-m", "training.evaluate"]
-            subprocess.run([*launch, *arguments(model, tmp_path / str(count), tmp_path)], check=True, timeout=280)
+            subprocess.run([*launch, *arguments(model, tmp_path / str(count), tmp_path)], check=True, timeout=900)
         assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
