@@ -10,7 +10,7 @@ from PIL import Image
 from tiny import seeded, tiny_encoder, tiny_pipeline
 
 from training import evaluate
-from training.experiments import ar_steps, diversity, fewer_tokens, fusion, tables, variations
+from training.experiments import ar_steps, digits, diversity, fewer_tokens, fusion, tables, variations
 from training.experiments.common import picture
 from transdiff_pipelines.presets import PUBLISHED
 
@@ -146,3 +146,37 @@ def test_longer_sequences_share_one_encoder():
     pipe = tiny_pipeline(4, condition_encoder=tiny_encoder(4))
     output = pipe(0, num_inference_steps=1, output_type="latent", return_intermediates=True)
     assert len(output.intermediates) == 16
+
+
+class TestAllOnDigits:
+    @pytest.fixture
+    def options(self, tmp_path):
+        return ["--one-step", "a", "--mrar", "b", "--data", "c", "--output", str(tmp_path)]
+
+    def test_finished_experiments_are_not_run_again(self, options, tmp_path, monkeypatch):
+        runs = []
+
+        def finish(arguments):
+            folder = tmp_path / "ar_steps"
+            runs.append(arguments)
+            folder.mkdir()
+            (folder / "ar_steps.json").write_text(json.dumps({"rows": [{"ar_steps": 1, "frechet": 0.123456}]}))
+            Image.new("RGB", (2, 2)).save(folder / "ar_steps.png")
+
+        entry = digits.EXPERIMENTS["ar_steps"]
+        monkeypatch.setitem(digits.EXPERIMENTS, "ar_steps", (entry[0], finish, *entry[2:]))
+        for _ in range(2):
+            digits.main([*options, "--only", "ar_steps"])
+        assert len(runs) == 1
+        assert runs[0][runs[0].index("--model") + 1] == "b"
+        written = (tmp_path / "results.md").read_text()
+        assert "| ar steps | frechet |\n| --- | --- |\n| 1 | 0.1235 |" in written
+        assert "![Quality against AR steps](ar_steps/ar_steps.png)" in written
+
+    def test_the_search_is_one_that_the_evaluation_understands(self, options, monkeypatch):
+        entry = digits.EXPERIMENTS["scales"]
+        lines = []
+        monkeypatch.setitem(digits.EXPERIMENTS, "scales", (entry[0], lines.append, *entry[2:]))
+        digits.main([*options, "--only", "scales"])
+        parsed = evaluate.parse(lines[0])
+        assert dict(parsed.search) == {"drift_scale": [0.8, 0.9, 1.0], "diffusion_scale": [0.8, 0.9, 1.0]}
