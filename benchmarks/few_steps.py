@@ -106,28 +106,27 @@ def flows_figure(result: dict[str, Any]) -> Any:
     return drawn
 
 
-def images_of(
+def pixels_of(
     pipeline: TransDiffPipeline, config: dict, sampler: Sampler, calls: int, count: int, keep: Path | None
 ) -> np.ndarray:
-    """Pixels `(count, 64)` of generated digits; read from `keep` where an earlier run left them there.
+    """Pixels `(count, 64)` of generated digits; batches that an earlier run left in `keep` are read from there.
 
     Each batch has a seed of its own: all samplers start from the same noise, whatever they draw later.
     """
-    path = keep / f"{sampler.name.replace(' ', '_').replace('/', '_')}-{calls}-{count}.npy" if keep else None
-    if path is not None and path.exists():
-        return np.load(path)
     pipeline.scheduler = sampler.make(config)
-    batches = np.array_split(balanced_labels(count), range(BATCH_SIZE, count, BATCH_SIZE))
     steps = sampler.steps_within(calls)
-    images = [
-        generate(pipeline, batch, seed=SEED + number, num_inference_steps=steps)
-        for number, batch in enumerate(batches)
-    ]
-    pixels = pooled_pixels(np.concatenate(images))
-    if path is not None:
-        with new_file(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, pixels)
-    return pixels
+    batches = []
+    for number, labels in enumerate(np.array_split(balanced_labels(count), range(BATCH_SIZE, count, BATCH_SIZE))):
+        path = keep / f"{sampler.name.replace(' ', '_')}-{calls}-{number}-{len(labels)}.npy" if keep else None
+        if path is not None and path.exists():
+            batches.append(np.load(path))
+            continue
+        images = generate(pipeline, labels, seed=SEED + number, num_inference_steps=steps)
+        batches.append(pooled_pixels(images))
+        if path is not None:
+            with new_file(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, batches[-1])
+    return np.concatenate(batches)
 
 
 def ratio_with_interval(
@@ -173,10 +172,10 @@ def digits(options: argparse.Namespace) -> dict[str, Any]:
         "num_images_in_sequence": pipeline.condition_encoder.num_images,
         "rows": [],
     }
-    baseline = images_of(pipeline, config, EULER_MARUYAMA, REFERENCE_CALLS, options.num_images, options.keep)
+    baseline = pixels_of(pipeline, config, EULER_MARUYAMA, REFERENCE_CALLS, options.num_images, options.keep)
     result["reference_frechet"] = frechet_distance(baseline, real)
     for sampler, calls in digits_settings(options):
-        pixels = images_of(pipeline, config, sampler, calls, options.num_images, options.keep)
+        pixels = pixels_of(pipeline, config, sampler, calls, options.num_images, options.keep)
         ratio, low, high = ratio_with_interval(pixels, baseline, real)
         steps = sampler.steps_within(calls)
         row = {"sampler": sampler.name, "steps": steps, "calls": model_calls(sampler.make(config), steps)}
@@ -221,12 +220,12 @@ def digits_markdown(result: dict[str, Any]) -> str:
 def digits_figure(result: dict[str, Any]) -> Any:
     """Ratio against model calls with its interval, one line a sampler of the standard grid."""
     drawn, axes = plt.subplots(figsize=(8, 4.8))
-    names = {sampler.name for sampler in FIXED_GRID}
+    standard = {sampler.name for sampler in FIXED_GRID}
     for name in dict.fromkeys(row["sampler"] for row in result["rows"]):
         rows = sorted((row for row in result["rows"] if row["sampler"] == name), key=lambda row: row["calls"])
         calls, ratios = [row["calls"] for row in rows], [row["ratio"] for row in rows]
         bars = [[row["ratio"] - row["low"] for row in rows], [row["high"] - row["ratio"] for row in rows]]
-        if name in names:
+        if name in standard:
             axes.errorbar(calls, ratios, yerr=np.maximum(bars, 0), marker="o", capsize=2, label=name)
         else:
             axes.scatter(calls, ratios, s=12, color="gray", label="_grids")

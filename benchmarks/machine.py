@@ -96,12 +96,18 @@ class CallClock:
     """The time of one call, split at the entries of one of its modules, the denoising network.
 
     Moments are read from the wall clock, on a GPU from events in its own queue, so that reading them makes nobody
-    wait. `cpu` is the processor time of the process: on a machine shared with others it is the steadier measure.
+    wait. The processor time of the process is read beside it: on a machine shared with others, with one thread, it is
+    the steadier measure.
+
+    Attributes:
+        total, cpu: the whole call, by the clock and in processor time; seconds, as all of these.
+        before: until the network's first entry.
+        step, cpu_step: from there to the end, divided by the number of entries.
     """
 
     def __init__(self, device: torch.device, network: torch.nn.Module):
         self.device, self.network = device, network
-        self.total = self.cpu = self.before = self.step = 0.0
+        self.total = self.cpu = self.before = self.step = self.cpu_step = 0.0
 
     def _moment(self) -> Any:
         if self.device.type != "cuda":
@@ -114,9 +120,13 @@ class CallClock:
         return start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
 
     def time(self, call: Callable[[], Any]) -> Any:
-        """Run `call`; sets `total`, `cpu`, `before` (until the network's first entry) and `step` (the mean step)."""
-        moments: list[Any] = []
-        hook = self.network.register_forward_pre_hook(lambda *_: moments.append(self._moment()))
+        """Run `call` and set the attributes; returns what it returns."""
+        entries: list[tuple[Any, float]] = []
+
+        def enter(*_: Any) -> None:
+            entries.append((self._moment(), time.process_time()))
+
+        hook = self.network.register_forward_pre_hook(enter)
         synchronize(self.device)
         start, cpu_start, first = time.perf_counter(), time.process_time(), self._moment()
         try:
@@ -126,7 +136,9 @@ class CallClock:
         last = self._moment()
         synchronize(self.device)
         self.total, self.cpu = time.perf_counter() - start, time.process_time() - cpu_start
-        if moments:
-            self.before = self._seconds(first, moments[0])
-            self.step = self._seconds(moments[0], last) / len(moments)
+        if entries:
+            entry, cpu_entry = entries[0]
+            self.before = self._seconds(first, entry)
+            self.step = self._seconds(entry, last) / len(entries)
+            self.cpu_step = (cpu_start + self.cpu - cpu_entry) / len(entries)
         return result

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from transdiff_pipelines.presets import ModelSize
@@ -22,30 +23,31 @@ def _attention_on_cpu(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> i
 _CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu}
 
 
-def count_flops(call: Callable[[], Any]) -> int:
-    """Operations of one `call`, compiled modules run as they are written."""
+def count_flops(call: Callable[[], Any]) -> FlopCounterMode:
+    """Run `call` and count; compiled modules run as they are written."""
     counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
     with torch.compiler.set_stance("force_eager"), counter:
         call()
-    return counter.get_total_flops()
+    return counter
 
 
 @dataclass(frozen=True)
 class Operations:
-    """FLOPs of a call: those before the first step of each image, summed over its images, and those of one step."""
+    """FLOPs of a call, summed over the images of a sequence: those of one step of each, and all others."""
 
     before: int
     step: int
 
     def total(self, steps: int) -> int:
-        """FLOPs of a whole call with `steps` steps, summed over the images of the sequence."""
+        """FLOPs of a whole call with `steps` steps an image."""
         return self.before + steps * self.step
 
     @classmethod
-    def of(cls, sample: Callable[[int], Any]) -> "Operations":
-        """Counted in calls `sample(1)` and `sample(2)`: `step` is what one more step of every image costs."""
-        one, two = count_flops(lambda: sample(1)), count_flops(lambda: sample(2))
-        return cls(before=2 * one - two, step=two - one)
+    def of(cls, sample: Callable[[int], Any], network: nn.Module) -> "Operations":
+        """Counted in `sample(1)`, a call with one step an image; a step is what runs within `network`."""
+        counter = count_flops(lambda: sample(1))
+        step = sum(counter.get_flop_counts()[type(network).__name__].values())
+        return cls(before=counter.get_total_flops() - step, step=step)
 
 
 def limit_arithmetic(size: ModelSize, latent_tokens: int = 256, condition_tokens: int = 256) -> str:

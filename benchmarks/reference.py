@@ -68,13 +68,18 @@ def import_released(checkout: Path) -> dict[str, ModuleType]:
     """
     if not (checkout / "models" / "transdiff_mrar.py").is_file():
         raise FileNotFoundError(f"{checkout} has no models/transdiff_mrar.py; pass a checkout of the released code")
-    names = ("transdiff", "transdiff_mrar", "diffdecoder", "samplers")
-    with (
-        mock.patch.dict(sys.modules, _timm_stand_in()),
-        mock.patch.object(sys, "path", [str(checkout), *sys.path]),
-        mock.patch.object(sys, "dont_write_bytecode", True),  # leave the checkout as it is
-    ):
-        return {name: importlib.import_module(f"models.{name}") for name in names}
+    names = ("transdiff", "transdiff_mrar", "diffdecoder", "crossattention", "samplers")
+    stand_in = _timm_stand_in()
+    sys.modules.update(stand_in)
+    try:
+        with (
+            mock.patch.object(sys, "path", [str(checkout), *sys.path]),
+            mock.patch.object(sys, "dont_write_bytecode", True),  # leave the checkout as it is
+        ):
+            return {name: importlib.import_module(f"models.{name}") for name in names}
+    finally:
+        for name in stand_in:
+            del sys.modules[name]
 
 
 class ReleasedModel:

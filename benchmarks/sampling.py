@@ -29,7 +29,8 @@ from .report import command_line, markdown_table, plt, save_figure, significant,
 # Seconds per image in the paper's Table 1, on a GPU of the A800 class.
 DIT_PAPER_SECONDS = 45.0
 NOISE_SEED = 1
-CHECKED_STEPS = 4
+CHECKED_STEPS = 2
+RATIOS = ("seconds", "step_seconds", "cpu_seconds", "cpu_step_seconds")
 
 
 def measure(peers: Sequence[Peer], setting: Setting, rounds: int, dit_steps: int) -> list[dict[str, Any]]:
@@ -41,13 +42,19 @@ def measure(peers: Sequence[Peer], setting: Setting, rounds: int, dit_steps: int
         clock = CallClock(setting.device, peer.network)
         clock.time(lambda peer=peer: peer.sample(steps[peer.name]))
         first[peer.name] = clock.total
+    memory = {}
     for number in range(rounds):
         for peer in peers if number % 2 == 0 else reversed(peers):
-            clocks[peer.name][number].time(lambda peer=peer: peer.sample(steps[peer.name]))
-    return [
-        row_of(peer, setting, steps[peer.name], clocks[peer.name], first[peer.name]) | untimed(peer, setting)
-        for peer in peers
-    ]
+            with PeakMemory(setting.device) as peak:
+                clocks[peer.name][number].time(lambda peer=peer: peer.sample(steps[peer.name]))
+            memory[peer.name] = peak.bytes
+    rows = []
+    for peer in peers:
+        row = row_of(peer, setting, steps[peer.name], clocks[peer.name], first[peer.name])
+        operations = Operations.of(peer.sample, peer.network)
+        row |= {"flops_before": operations.before, "flops_step": operations.step, "working_bytes": memory[peer.name]}
+        rows.append(row)
+    return rows
 
 
 def row_of(peer: Peer, setting: Setting, steps: int, clocks: list[CallClock], first: float) -> dict[str, Any]:
@@ -68,24 +75,13 @@ def row_of(peer: Peer, setting: Setting, steps: int, clocks: list[CallClock], fi
         "seconds": [clock.total for clock in clocks],
         "cpu_seconds": [clock.cpu for clock in clocks],
         "step_seconds": [clock.step for clock in clocks],
+        "cpu_step_seconds": [clock.cpu_step for clock in clocks],
         "median_seconds": statistics.median(clock.total for clock in clocks),
         "median_step_seconds": step,
         "full_steps": peer.full_steps,
         "full_seconds": before + calls * step,
         "paper_seconds": DIT_PAPER_SECONDS if peer.full_steps == DIT_STEPS else setting.model.seconds_per_image,
         "weight_bytes": peer.weight_bytes(),
-    }
-
-
-def untimed(peer: Peer, setting: Setting) -> dict[str, Any]:
-    """Operations and memory of a peer, in calls of their own."""
-    operations = Operations.of(peer.sample)
-    with PeakMemory(setting.device) as peak:
-        peer.sample(1)
-    return {
-        "flops_before": operations.before,
-        "flops_step": operations.step,
-        "working_bytes": peak.bytes,
     }
 
 
@@ -97,7 +93,8 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         comparison = {"peer": other["peer"], "over": ours["peer"], **_identity(ours)}
         # Calls of different step counts do not compare; steps do.
         same_steps = ours["steps"] == other["steps"]
-        for name in ("seconds", "cpu_seconds", "step_seconds") if same_steps else ("step_seconds",):
+        of_steps = ("step_seconds", "cpu_step_seconds")
+        for name in ("seconds", "cpu_seconds", *of_steps) if same_steps else of_steps:
             ratios = [theirs / mine for theirs, mine in zip(other[name], ours[name], strict=True)]
             comparison[name] = {
                 "median": statistics.median(ratios),
@@ -242,8 +239,9 @@ def ratio_table(result: dict[str, Any]) -> str:
         "precision",
         "ours compiled",
         "call: median (min-max)",
-        "processor time",
         "a step",
+        "processor time of a call",
+        "of a step",
         "pairs",
         "limit by operations, a step",
         "limit, full call",
@@ -259,7 +257,7 @@ def ratio_table(result: dict[str, Any]) -> str:
                 comparison["batch_size"],
                 comparison["dtype"],
                 "yes" if comparison["compiled"] else "no",
-                *(_ratio(comparison.get(name)) for name in ("seconds", "cpu_seconds", "step_seconds")),
+                *(_ratio(comparison.get(name)) for name in RATIOS),
                 comparison["step_seconds"]["pairs"],
                 f"{comparison['operations_step']:.3f}",
                 f"{comparison['operations_full']:.3f}",

@@ -35,7 +35,12 @@ CPU = torch.device("cpu")
 class Calls(torch.nn.Module):
     """A network that is called once a step."""
 
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(8, 3))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x @ self.weight
         return x
 
 
@@ -43,7 +48,7 @@ class TestMachine:
     def test_a_clock_splits_a_call_at_the_networks_entries(self):
         network, steps = Calls(), 4
         clock = CallClock(CPU, network)
-        assert clock.time(lambda: [network(torch.zeros(1)) for _ in range(steps)][-1].item()) == 0
+        assert clock.time(lambda: [network(torch.zeros(8)) for _ in range(steps)][-1].sum()) == 0
         assert clock.before + steps * clock.step == pytest.approx(clock.total, abs=1e-2)
         assert not network._forward_pre_hooks
 
@@ -57,10 +62,10 @@ class TestMachine:
 class TestOperations:
     def test_a_matrix_product_and_attention(self):
         left, right = torch.randn(3, 4), torch.randn(4, 5)
-        assert count_flops(lambda: left @ right) == 2 * 3 * 4 * 5
+        assert count_flops(lambda: left @ right).get_total_flops() == 2 * 3 * 4 * 5
         query, key = torch.randn(1, 2, 7, 8), torch.randn(1, 2, 9, 8)
-        attention = count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(query, key, key))
-        assert attention == 2 * 2 * 2 * 7 * 9 * 8
+        counter = count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(query, key, key))
+        assert counter.get_total_flops() == 2 * 2 * 2 * 7 * 9 * 8
 
     def test_counts_agree_with_the_arithmetic_of_the_limit(self):
         """A step of the transformer with and without projected condition, against the numbers printed."""
@@ -70,8 +75,14 @@ class TestOperations:
         x, tokens = torch.randn(1, 16, 16, 16), torch.randn(1, 256, 64)
         with torch.no_grad():
             projected = transformer.project_condition(tokens)
-            saved = count_flops(lambda: transformer.project_condition(tokens))
-            cached, whole = (count_flops(lambda c=c: transformer(x, 500.0, c)) for c in (projected, tokens))
+            saved, cached, whole = (
+                count_flops(call).get_total_flops()
+                for call in (
+                    lambda: transformer.project_condition(tokens),
+                    lambda: transformer(x, 500.0, projected),
+                    lambda: transformer(x, 500.0, tokens),
+                )
+            )
         assert whole - cached == saved
         # The printed numbers leave out what is not in the blocks: input, output and time, which are the same in both.
         ours, more = 3 * (14 * 64**2 + 1024 * 64), (3 * 2 + 1) * 64**2
@@ -80,11 +91,16 @@ class TestOperations:
         assert cached / (2 * 256 * ours) == pytest.approx(1, abs=0.05)
 
     def test_parts_of_a_call(self):
-        matrix = torch.randn(8, 8)
-        operations = Operations.of(lambda steps: [matrix @ matrix for _ in range(3 + 2 * steps)])
-        product = 2 * 8**3
-        assert (operations.before, operations.step) == (3 * product, 2 * product)
-        assert operations.total(10) == 23 * product
+        encoder, network = torch.nn.Linear(8, 8), Calls()
+
+        def sample(steps):
+            x = encoder(torch.randn(4, 8))
+            for _ in range(steps):
+                x = network(x)
+
+        operations = Operations.of(sample, network)
+        assert (operations.before, operations.step) == (2 * 4 * 8 * 8, 2 * 4 * 8 * 3)
+        assert operations.total(10) == operations.before + 10 * operations.step
 
 
 class TestReport:
@@ -245,7 +261,8 @@ class TestCommands:
     def test_peers_are_compared_pair_by_pair(self):
         rows = [
             {"peer": name, "model": "m", "batch_size": 1, "dtype": "float32", "compiled": False, "steps": steps}
-            | {"seconds": seconds, "cpu_seconds": seconds, "step_seconds": seconds, "full_seconds": 10.0 * seconds[0]}
+            | {"full_seconds": 10.0 * seconds[0]}
+            | dict.fromkeys(sampling.RATIOS, seconds)
             | {"flops_step": flops, "flops_before": 0, "full_steps": 100}
             for name, seconds, flops, steps in (
                 ("ours", [1.0, 2.0, 4.0], 100, 4),
