@@ -55,8 +55,10 @@ class Source(Protocol):
 
     classes: list[str]
     num_streams: int
-    length: int | None
     digest: str
+
+    @property
+    def length(self) -> int | None: ...
 
     def examples(self, stream: int) -> Iterator[Example]:
         """The images of one stream, always in the same order."""
