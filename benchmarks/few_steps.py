@@ -61,7 +61,7 @@ def flows(mixture_samples: int) -> list[dict[str, Any]]:
             for calls in MIXTURE_CALLS
         ]
         fitted = [point for point in gaussian if point["calls"] >= FITTED_FROM]
-        order = fitted_order([point["calls"] for point in fitted], [point["integration"] for point in fitted])
+        order = fitted_order([int(point["calls"]) for point in fitted], [point["integration"] for point in fitted])
         rows.append({"sampler": sampler.name, "order": order, "gaussian": gaussian, "mixture": mixture})
     return rows
 

@@ -105,7 +105,7 @@ class ReleasedModel:
         self._builder = self._modules["transdiff_mrar" if model.patch_size > 1 else "transdiff"]
         with self._adapted():
             build = getattr(self._builder, BUILDERS[model.size.name])
-            self.module: nn.Module = build(
+            self.module: Any = build(
                 img_size=model.resolution, patch_size=model.patch_size, class_num=model.num_classes
             )
         self.module.to(device).eval()
@@ -122,7 +122,7 @@ class ReleasedModel:
 
     def randomize(self, seed: int) -> None:
         """Give the last linear, zero at first, weights: otherwise no difference further in can be seen."""
-        linear = self.network.final_layer.linear
+        linear: Any = self.network.final_layer.linear  # type: ignore[union-attr]
         generator = torch.Generator().manual_seed(seed)
         linear.weight.data = (0.02 * torch.randn(linear.weight.shape, generator=generator)).to(self.device)
 

@@ -13,6 +13,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,13 @@ def measure(peers: Sequence[Peer], setting: Setting, rounds: int, dit_steps: int
     first = {}
     for peer in peers:
         clock = CallClock(setting.device, peer.network)
-        clock.time(lambda peer=peer: peer.sample(steps[peer.name]))
+        clock.time(partial(peer.sample, steps[peer.name]))
         first[peer.name] = clock.total
     memory = {}
     for number in range(rounds):
         for peer in peers if number % 2 == 0 else reversed(peers):
             with PeakMemory(setting.device) as peak:
-                clocks[peer.name][number].time(lambda peer=peer: peer.sample(steps[peer.name]))
+                clocks[peer.name][number].time(partial(peer.sample, steps[peer.name]))
             memory[peer.name] = peak.bytes
     rows = []
     for peer in peers:

@@ -34,8 +34,8 @@ def add_adapters(built: TrainingModel, lora: LoraConfig, frozen: list[str]) -> l
         check_targets(network, part, lora.targets)
         network.add_adapter(
             peft.LoraConfig(
-                r=lora.rank,
-                lora_alpha=lora.alpha or lora.rank,
+                r=lora.rank,  # type: ignore[arg-type]
+                lora_alpha=lora.alpha or lora.rank,  # type: ignore[arg-type]
                 lora_dropout=lora.dropout,
                 target_modules=list(lora.targets),
             ),

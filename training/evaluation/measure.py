@@ -73,16 +73,14 @@ def _compare(generated: Reference, reference: Reference | None) -> tuple[dict[st
         missing["sfid"] = "the reference has no spatial statistics (mu_s, sigma_s)"
     else:
         metrics["sfid"] = frechet_distance(generated.spatial, reference.spatial)
-    reason = None
     if reference.features is None or generated.features is None:
         reason = "the reference holds statistics alone; they need its images (an ADM reference batch, or a folder)"
     elif min(len(reference.features), len(generated.features)) <= NEIGHBOURS:
         reason = f"they need more than {NEIGHBOURS} images on each side"
-    if reason is not None:
-        missing |= dict.fromkeys(("precision", "recall"), reason)
     else:
         metrics["precision"], metrics["recall"] = precision_recall(generated.features, reference.features)
-    return metrics, missing
+        return metrics, missing
+    return metrics, missing | dict.fromkeys(("precision", "recall"), reason)
 
 
 def _notes(generated: Reference, reference: Reference | None) -> list[str]:

@@ -60,7 +60,7 @@ class Reference:
         if self.features is not None:
             arrays["features"] = self.features.numpy()
         with new_file(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: Path) -> "Reference":

@@ -99,7 +99,7 @@ class TransDiffAttention(nn.Module, AttentionModuleMixin):
         """Queries `(B, S, D)`, keys and values `(B, T, D)`, from fused projections where they were fused."""
         if isinstance(encoder_hidden_states, tuple):
             return self.to_q(hidden_states), *encoder_hidden_states
-        if self.is_cross_attention:
+        if encoder_hidden_states is not None:
             return self.to_q(hidden_states), *self.project_key_value(encoder_hidden_states)
         if self.fused_projections:
             return self.to_qkv(hidden_states).chunk(3, dim=-1)

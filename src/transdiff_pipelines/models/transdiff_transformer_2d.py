@@ -135,6 +135,11 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         modulation = self.time_modulation(nn.functional.silu(embedding))
         return embedding, modulation.unflatten(-1, (6, -1))
 
+    @property
+    def cross_attentions(self) -> list[TransDiffAttention]:
+        """The cross-attention of every block."""
+        return [block.attn2 for block in self.transformer_blocks]  # type: ignore[misc]
+
     @apply_forward_hook
     def project_condition(
         self, encoder_hidden_states: torch.Tensor, attention_kwargs: dict[str, Any] | None = None
@@ -145,7 +150,7 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         """
         with lora_scale(self, attention_kwargs):
             condition = self.condition_projection(encoder_hidden_states)
-            return [block.attn2.project_key_value(condition) for block in self.transformer_blocks]
+            return [layer.project_key_value(condition) for layer in self.cross_attentions]
 
     def forward(
         self,

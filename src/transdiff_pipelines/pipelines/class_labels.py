@@ -14,15 +14,15 @@ class ClassNames:
     """The names of a class set. A name may be a list of synonyms, separated by commas, as ImageNet's are.
 
     Args:
-        id2label: class id to name; keys may be strings, as JSON leaves them.
+        id2label: class id to name.
     """
 
-    def __init__(self, id2label: Mapping[int | str, str] | None):
+    def __init__(self, id2label: Mapping[int, str] | None):
         ids_by_name: dict[str, list[int]] = defaultdict(list)
         for class_id, names in (id2label or {}).items():
             # A name of its own, beside its synonyms: the full string tells "crane" the machine from the bird's class.
             for name in dict.fromkeys([names, *(part.strip() for part in names.split(","))]):
-                ids_by_name[name].append(int(class_id))
+                ids_by_name[name].append(class_id)
         self.ids_by_name = dict(ids_by_name)
 
     @property

@@ -10,7 +10,7 @@ from ..models import ARConditionEncoder
 from .class_labels import ClassNames
 
 
-def match_classes(old: Mapping[int | str, str] | None, new: Mapping[int, str], num_old: int) -> list[int | None]:
+def match_classes(old: Mapping[int, str] | None, new: Mapping[int, str], num_old: int) -> list[int | None]:
     """For each class of `new`, in order of its id, the id in `old` of the class it is; None for a class of its own.
 
     Names agree if they are equal, or if one of their comma-separated synonyms is. Without `old` there are no names:
@@ -60,7 +60,7 @@ class ClassSetMixin(ConfigMixin):
 
     condition_encoder: ARConditionEncoder
 
-    def _set_labels(self, id2label: Mapping[int | str, str] | None) -> None:
+    def _set_labels(self, id2label: Mapping[int, str] | None) -> None:
         self._class_names = ClassNames(id2label)
         self.labels = self._class_names.unambiguous
 

@@ -40,7 +40,7 @@ from .class_set import ClassSetMixin
 from .hooks import check_cache, has_hooked_parts
 from .reference_images import ReferenceImages, reference_latents
 from .sequence import SequenceMixin
-from .sequence_condition import Condition, ConditionEmbeds, check_sequence_arguments, conditional_half
+from .sequence_condition import Condition, ConditionEmbeds, ConditionSource, check_sequence_arguments, conditional_half
 
 
 # The transformer's timestep for σ = 1, whatever the scheduler.
@@ -121,10 +121,10 @@ class TransDiffPipeline(
 
         # What callbacks may ask for while a call is running.
         self._guidance_scale = 1.0
-        self._attention_kwargs: dict[str, Any] | None = None
+        self._attention_kwargs = None
         self._num_timesteps = 0
-        self._current_timestep: torch.Tensor | None = None
-        self._current_ar_step: int | None = None
+        self._current_timestep = None
+        self._current_ar_step = None
         self._interrupt = False
 
     @property
@@ -368,8 +368,9 @@ class TransDiffPipeline(
         num_inference_steps = self._check_steps(num_inference_steps, sigmas)
         check_sequence_arguments(class_labels, condition_embeds, negative_condition_embeds, reference_images)
         guidance_scales = self._resolve_guidance(guidance_scale, num_ar_steps, condition_embeds)
+        source: ConditionSource
         if condition_embeds is None:
-            source = self._label_condition(class_labels, num_images_per_label, guidance_scales)
+            source = self._label_condition(class_labels, num_images_per_label, guidance_scales)  # type: ignore[arg-type]
         else:
             embeds = (condition_embeds, negative_condition_embeds)
             source = self._given_condition(*embeds, num_images_per_label, guidance_scales, attention_kwargs)

@@ -26,7 +26,11 @@ class SequenceMixin:
     maybe_free_model_hooks: Any
     _class_names: Any
     _execution_device: torch.device
+    attention_kwargs: Any
+    interrupt: Any
     _attention_kwargs: dict[str, Any] | None
+    _current_ar_step: int | None
+    _current_timestep: torch.Tensor | None
 
     @torch.no_grad()
     def encode_condition(

@@ -74,12 +74,12 @@ class SequenceCondition:
             condition = self._encode(self._distinct_labels, cache=self._cache)[self._row_of]
             for layer in self._cache or []:
                 layer.select_rows(self._row_of)
-                for states in layer.key_value:
+                for states in layer.key_value or ():
                     maybe_mark_dynamic(states, 1)
             self.tokens = condition
         else:
             group = self._encode(self._labels, torch.cat([images] * self._branches), cache=self._cache)
-            self.tokens = torch.cat([self.tokens, group], dim=1)
+            self.tokens = group if self.tokens is None else torch.cat([self.tokens, group], dim=1)
         return self.tokens
 
 
