@@ -36,7 +36,7 @@ EXTRAS = {
     # The Inception features. torchvision must be the build that fits the installed torch; without it use the
     # TorchScript Inception or an extractor of your own (training/evaluation/features.py).
     "eval": ["torch-fidelity>=0.4", "torchvision"],
-    "test": ["pytest>=9", "pytest-timeout>=2.4", "pytest-xdist>=3.8"],
+    "test": ["pytest>=9", "pytest-timeout>=2.4", "pytest-xdist>=3.8", "torchao>=0.18,<1"],
     "dev": ["mypy>=2", "ruff>=0.17,<0.18", "types-PyYAML>=6"],
 }
 
