@@ -157,16 +157,6 @@ class TransDiffEditingPipeline(TransDiffPipeline):
         """Height and width, in pixels, of the images that this model edits."""
         return self.transformer.config.sample_size * self.vae_scale_factor
 
-    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels `(B, 3, H, W)` in [0, 1] to scaled latents `(B, C, s, s)` in float32.
-
-        The posterior's mode, not a sample as in diffusers' own pipelines: it takes no random numbers, so strength 1
-        is plain generation with the same generator, and what is known stays as near to the image as the VAE can.
-        """
-        pixels = self.pixel_processor.normalize(pixels).to(self._execution_device, self.vae.dtype)
-        latents = self.vae.encode(pixels).latent_dist.mode().float()
-        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
-
     def _edit(
         self,
         image: PipelineImageInput,

@@ -296,6 +296,16 @@ class TransDiffPipeline(
             self.scheduler.set_begin_index(first_step * self.scheduler.order)
         return self.scheduler.timesteps
 
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels `(B, 3, H, W)` in [0, 1] to scaled latents `(B, C, s, s)` in float32.
+
+        The posterior's mode, not a sample as in diffusers' own pipelines: it takes no random numbers, so a seed keeps
+        its noise, and what an edit knows stays as near to the image as the VAE can.
+        """
+        pixels = (2 * pixels - 1).to(self._execution_device, self.vae.dtype)
+        latents = self.vae.encode(pixels).latent_dist.mode().float()
+        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Scaled latents `(B, C, s, s)` to images of the `output_type`; "latent" gives them back as they are."""
         if output_type == "latent":

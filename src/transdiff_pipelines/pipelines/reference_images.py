@@ -53,7 +53,7 @@ def reference_latents(
     groups = _as_groups(reference_images, num_labels)
     _check_counts([len(group) for group in groups], num_labels, num_ar_steps)
     pictures = [_load(image, shape, _image_side(pipe)) for group in groups for image in group]
-    latents = [picture if picture.shape == shape else _encode(pipe, picture) for picture in pictures]
+    latents = [picture if picture.shape == shape else pipe.encode_image(picture[None])[0] for picture in pictures]
     return torch.stack(latents).to(pipe._execution_device, torch.float32).unflatten(0, (num_labels, -1))
 
 
@@ -101,10 +101,3 @@ def _load(image: Any, latents_shape: tuple[int, ...], side: int) -> torch.Tensor
         image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
     check_images(image, side)
     return _PROCESSOR.preprocess(image)[0].float()
-
-
-def _encode(pipe: "TransDiffPipeline", pixels: torch.Tensor) -> torch.Tensor:
-    """The posterior's mode, so that references take no random numbers and one seed keeps one noise."""
-    pixels = (2 * pixels[None] - 1).to(pipe._execution_device, pipe.vae.dtype)
-    latents = pipe.vae.encode(pixels).latent_dist.mode().float()[0]
-    return (latents - (pipe.vae.config.shift_factor or 0.0)) * pipe.vae.config.scaling_factor
