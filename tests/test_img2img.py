@@ -299,8 +299,8 @@ class TestSharedLoop:
             calls.append((step, pipe.current_ar_step, pipe.num_timesteps))
 
         edited(mrar, pictures(), strength=0.5, callback_on_step_end=note)
-        expected = [(i, i // STEPS, STEPS) for i in range(3 * STEPS)]
-        assert calls == expected + [(3 * STEPS, 3, 2), (3 * STEPS + 1, 3, 2)]
+        expected = [(i, i // STEPS, 4 * STEPS) for i in range(3 * STEPS)]
+        assert calls == expected + [(3 * STEPS, 3, 3 * STEPS + 2), (3 * STEPS + 1, 3, 3 * STEPS + 2)]
 
     def test_a_callback_may_replace_latents(self, mrar):
         def sevens(pipe, step, timestep, tensors):

@@ -255,7 +255,7 @@ class TestCallbacks:
         ]
         assert [c[:2] + c[3:] for c in calls] == [e[:2] + e[3:] for e in expected]
         np.testing.assert_allclose([c[2] for c in calls], [e[2] for e in expected], rtol=1e-5)
-        assert mrar.num_timesteps == STEPS
+        assert mrar.num_timesteps == 4 * STEPS
         assert mrar.current_ar_step is None
 
     def test_a_callback_may_replace_latents(self, mrar):

@@ -74,7 +74,7 @@ class OneStepConfig(BasePipelineTesterConfig):
 
     def get_dummy_inputs(self) -> dict:
         return {
-            "class_labels": [1],
+            "class_labels": 1,
             "generator": self.get_generator(0),
             "num_inference_steps": 2,
             "guidance_scale": 1.5,
@@ -141,7 +141,7 @@ class UnittestPipelineTests(UnittestPipelineTesterMixin, unittest.TestCase):
 
     def get_dummy_inputs(self, device, seed: int = 0) -> dict:
         return {
-            "class_labels": [1],
+            "class_labels": 1,
             "generator": torch.Generator(device=device).manual_seed(seed),
             "num_inference_steps": 2,
             "output_type": "np",

@@ -123,6 +123,7 @@ class TransDiffPipeline(
         self._guidance_scale = 1.0
         self._attention_kwargs = None
         self._num_timesteps = 0
+        self._steps_taken, self._images_left = 0, 1
         self._current_timestep = None
         self._current_ar_step = None
         self._interrupt = False
@@ -144,7 +145,10 @@ class TransDiffPipeline(
 
     @property
     def num_timesteps(self) -> int:
-        """Denoising steps of the scheduler's present run: of one image of the sequence."""
+        """Denoising steps of the whole call, over all images of the sequence: callbacks count up to it.
+
+        Where an edit takes fewer steps for its last image, that is known when the last image begins.
+        """
         return self._num_timesteps
 
     @property
@@ -210,7 +214,7 @@ class TransDiffPipeline(
         timesteps = self._set_timesteps(num_inference_steps, sigmas, first_step=steps.start)
         # A scheduler of higher order has several timesteps a step.
         indices = range(len(timesteps))[steps.start * self.scheduler.order : steps.stop * self.scheduler.order]
-        self._num_timesteps = len(indices)
+        self._num_timesteps = self._steps_taken + len(indices) * self._images_left
         guided_steps = self._guided_steps(timesteps, guidance_interval)
         check_cache(self.transformer, guided_steps)
         projected = self._project_condition(condition)
@@ -238,6 +242,7 @@ class TransDiffPipeline(
                         projected = self._project_condition(condition)
                 if i == indices[-1] or (i + 1) % self.scheduler.order == 0:
                     progress.update()
+        self._steps_taken += len(indices)
         return latents
 
     def _project_condition(self, condition: torch.Tensor) -> Condition:

@@ -131,16 +131,21 @@ class SequenceMixin:
         """Latents of the images made after the references `(B, n, C, s, s)`, `len(guidance_scales) - n` of them."""
         num_references = 0 if references is None else references.shape[1]
         sequence: list[torch.Tensor] = []
+        self._steps_taken, self._images_left = 0, len(guidance_scales) - num_references
         self._interrupt, self._attention_kwargs = False, attention_kwargs
         try:
-            with self._sequence_progress(len(guidance_scales) - num_references) as progress:
+            with self._sequence_progress(self._images_left) as progress:
                 condition, unseen = source.extend(), references
                 for ar_step in range(num_references, len(guidance_scales)):
-                    self._current_ar_step, self._guidance_scale = ar_step, guidance_scales[ar_step]
+                    self._current_ar_step = ar_step
+                    if ar_step == num_references or guidance_scales[ar_step] != guidance_scales[ar_step - 1]:
+                        # What a callback made of the scale holds until an image has another one.
+                        self._guidance_scale = guidance_scales[ar_step]
                     if unseen is not None:
                         condition = source.extend(unseen)
                     sequence.append(make_image(condition))
                     unseen = sequence[-1].unsqueeze(1)
+                    self._images_left -= 1
                     progress.update()
                     if self.interrupt:
                         break

@@ -57,7 +57,7 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
                 "(velocity) only"
             )
         if "_use_default_values" in config:  # absent on a scheduler reloaded from its saved config
-            dropped = [name for name in config._use_default_values if name not in _ALWAYS_HANDED_ON]
+            dropped = sorted(set(config._use_default_values) - _ALWAYS_HANDED_ON)
             # The class name, which a saved config has, tells other schedulers' `from_config` whose entries these are.
             self.register_to_config(_use_default_values=dropped, _class_name=type(self).__name__)
 
