@@ -105,7 +105,8 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         self.proj_in = nn.Linear(token_dim, dim)
         self.position_embedding = nn.Parameter(torch.empty(1, (sample_size // patch_size) ** 2, dim))
         self.condition_projection = nn.Linear(cross_attention_dim, dim)
-        # [cos(ts f_i), sin(ts f_i)], f_i = 10000^(-i / 128)
+        # [cos(ts f_i), sin(ts f_i)], f_i = 10000^(-i / 128). Parity: in float32, as the released weights were trained;
+        # a more exact sinusoid is further from the authors' numbers.
         self.time_proj = Timesteps(TIMESTEP_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(TIMESTEP_CHANNELS, dim)
         self.time_modulation = nn.Linear(dim, 6 * dim)
