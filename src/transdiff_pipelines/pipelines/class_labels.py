@@ -3,6 +3,7 @@
 import difflib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -14,15 +15,15 @@ class ClassNames:
     """The names of a class set. A name may be a list of synonyms, separated by commas, as ImageNet's are.
 
     Args:
-        id2label: class id to name.
+        id2label: class id to name; the ids may be strings, as JSON leaves them.
     """
 
-    def __init__(self, id2label: Mapping[int, str] | None):
+    def __init__(self, id2label: Mapping[Any, str] | None):
         ids_by_name: dict[str, list[int]] = defaultdict(list)
         for class_id, names in (id2label or {}).items():
             # A name of its own, beside its synonyms: the full string tells "crane" the machine from the bird's class.
             for name in dict.fromkeys([names, *(part.strip() for part in names.split(","))]):
-                ids_by_name[name].append(class_id)
+                ids_by_name[name].append(int(class_id))
         self.ids_by_name = dict(ids_by_name)
 
     @property
