@@ -207,7 +207,7 @@ def _check_scale(name: str, value: object) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} {value!r:.40} is a {type(value).__name__}; expected a number")
-    _check(0 <= value and math.isfinite(value), name, value, "a finite number of at least 0")
+    _check(value >= 0 and math.isfinite(value), name, value, "a finite number of at least 0")
 
 
 def _is_name(value: object) -> bool:
