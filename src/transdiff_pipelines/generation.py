@@ -7,7 +7,6 @@ neighbours, but for the rounding of a batch of another size.
 
 import inspect
 import json
-import math
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import make_image_grid
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from . import DIGITS, __version__
 from .pipelines import TransDiffPipeline
@@ -35,6 +34,9 @@ SCHEDULER_CLASSES: dict[str, str] = {
 }
 """The samplers that were tried on this flow: two of the paper's SDE, then diffusers' of the probability-flow ODE."""
 
+SDE_SAMPLERS = ("euler-maruyama", "sde-multistep")
+"""Those that have a drift and a diffusion scale."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 PNG_KEY = "transdiff"
@@ -43,6 +45,7 @@ PNG_KEY = "transdiff"
 MAX_IMAGES = 100_000
 MAX_STEPS = 10_000
 MAX_SEED = 2**63 - 1
+MAX_SCALE = 1000
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,11 @@ class GenerationSettings:
         model: folder or Hub repository of the pipeline; None is the bundled digits model.
         count: images of each label, next to one another.
         seed: 0..2^63-1, of the first image.
-        guidance_scale: one number, or one for each image of the AR sequence; None is the model's recommendation.
+        guidance_scale: 0..1000, one number, or one for each image of the AR sequence; None is the model's
+            recommendation.
         num_inference_steps: denoising steps for each image of the AR sequence, 1..10,000.
         scheduler: a key of `SCHEDULER_CLASSES`; None is the model's own.
-        drift_scale, diffusion_scale: of the SDE samplers, at least 0; None is the model's own.
+        drift_scale, diffusion_scale: of the SDE samplers, 0..1000; None is the model's own.
         dtype: number format of the weights, one of `DTYPES`.
         batch_size: images drawn at once. Another one rounds differently.
         version: of the package that drew.
@@ -124,7 +128,7 @@ class GenerationSettings:
         config = make_scheduler(pipe.scheduler, self.scheduler, self.drift_scale, self.diffusion_scale).config
         names = {class_name: name for name, class_name in SCHEDULER_CLASSES.items()}
         scheduler = self.scheduler or names.get(type(pipe.scheduler).__name__)
-        has_scales = has_sde_scales(getattr(diffusers, SCHEDULER_CLASSES[scheduler])) if scheduler else False
+        has_scales = scheduler in SDE_SAMPLERS
         return replace(
             self,
             guidance_scale=tuple(guidance) if isinstance(guidance, (list, tuple)) else float(guidance),
@@ -150,8 +154,7 @@ class GenerationSettings:
         if isinstance(image, Image.Image):
             name, text = "the image", image.info.get(PNG_KEY)
         else:
-            with Image.open(image) as opened:
-                name, text = str(image), opened.info.get(PNG_KEY)
+            name, text = str(image), _png_text(image)
         if not isinstance(text, str):
             raise ValueError(f"{name} carries no settings; expected a PNG that transdiff drew, not saved anew since")
         try:
@@ -190,6 +193,15 @@ class GenerationSettings:
         return shlex.join(["transdiff", "generate", *map(str, self.labels), *given])
 
 
+def _png_text(path: str | os.PathLike[str]) -> str | None:
+    """The settings as they stand in a PNG file; its pixels are not decoded."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get(PNG_KEY)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not a PNG; only PNGs carry settings") from error
+
+
 def _check(right: bool, name: str, value: object, expected: str) -> None:
     if not right:
         shown = repr(value)
@@ -207,16 +219,11 @@ def _check_scale(name: str, value: object) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} {value!r:.40} is a {type(value).__name__}; expected a number")
-    _check(value >= 0 and math.isfinite(value), name, value, "a finite number of at least 0")
+    _check(0 <= value <= MAX_SCALE, name, value, f"0 to {MAX_SCALE}")
 
 
 def _is_name(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 4096 and value.isprintable()
-
-
-def has_sde_scales(scheduler_class: type[SchedulerMixin]) -> bool:
-    """Whether the sampler is one of the SDE, with a drift and a diffusion scale."""
-    return "drift_scale" in inspect.signature(scheduler_class).parameters
 
 
 def make_scheduler(
@@ -235,10 +242,11 @@ def make_scheduler(
     cls: type[SchedulerMixin] = getattr(diffusers, SCHEDULER_CLASSES[name]) if name else type(own)
     scales = {"drift_scale": drift_scale, "diffusion_scale": diffusion_scale}
     scales = {key: value for key, value in scales.items() if value is not None}
-    if scales and not has_sde_scales(cls):
-        samplers = [key for key, value in SCHEDULER_CLASSES.items() if has_sde_scales(getattr(diffusers, value))]
+    if not (name or scales):
+        return own
+    if scales and "drift_scale" not in inspect.signature(cls).parameters:
         raise ValueError(
-            f"{next(iter(scales))} is for the SDE samplers ({', '.join(samplers)}); {cls.__name__} has no such scale"
+            f"{next(iter(scales))} is for the SDE samplers ({', '.join(SDE_SAMPLERS)}); {cls.__name__} has no such scale"
         )
     return cls.from_config(own.config, **scales)
 
@@ -290,17 +298,22 @@ def load_pipeline(model: str | None = None, dtype: str = "float32", device: str 
         ValueError: `model` is a file, or the device cannot be used here.
         OSError: there is no such folder, or it is no pipeline's.
     """
-    place = _device(device)
+    place, source = _device(device), model_source(model)
+    return TransDiffPipeline.from_pretrained(source, dtype=getattr(torch, dtype)).to(place)
+
+
+def model_source(model: str | None) -> str:
+    """What `from_pretrained` loads for `model`; an error, as in `load_pipeline`, where that cannot be a pipeline."""
     if model is None:
-        model = str(DIGITS)
-    elif Path(model).is_file():
+        return str(DIGITS)
+    if Path(model).is_file():
         raise ValueError(
             f"model {model} is a file; expected a pipeline's folder. A released checkpoint is converted first: "
             f"transdiff convert {shlex.quote(model)} --vae VAE.pth --output FOLDER"
         )
-    elif not Path(model).exists() and not _is_repository_name(model):
+    if not Path(model).exists() and not _is_repository_name(model):
         raise FileNotFoundError(f"model {model} does not exist; expected a pipeline's folder or a Hub OWNER/NAME")
-    return TransDiffPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(place)
+    return model
 
 
 def _is_repository_name(model: str) -> bool:
