@@ -92,15 +92,15 @@ class GenerationSettings:
         _check_int("count", self.count, 1, MAX_IMAGES)
         if self.num_images > MAX_IMAGES:
             raise ValueError(f"{self.num_images:,} images are asked for; draw at most {MAX_IMAGES:,} at a time")
-        _check_int("seed", self.seed, 0, MAX_SEED)
+        _check_int("seed", self.seed, 0, MAX_SEED - self.num_images)
         _check_int("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
         _check_int("batch_size", self.batch_size, 1, MAX_IMAGES)
-        scales = self.guidance_scale if isinstance(self.guidance_scale, tuple) else (self.guidance_scale,)
-        _check(len(scales) > 0, "guidance_scale", self.guidance_scale, "one number or more")
-        for scale in scales:
-            _check_scale("guidance_scale", scale)
-        _check_scale("drift_scale", self.drift_scale)
-        _check_scale("diffusion_scale", self.diffusion_scale)
+        _check(self.guidance_scale != (), "guidance_scale", self.guidance_scale, "one number or more")
+        for name in ("guidance_scale", "drift_scale", "diffusion_scale"):
+            value = getattr(self, name)
+            per_image = name == "guidance_scale" and isinstance(value, tuple)
+            for scale in value if per_image else () if value is None else (value,):
+                _check_scale(name, scale)
         _check(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         names = ", ".join(SCHEDULER_CLASSES)
         _check(self.scheduler in (None, *SCHEDULER_CLASSES), "scheduler", self.scheduler, f"one of {names}")
@@ -215,8 +215,6 @@ def _check_int(name: str, value: object, low: int, high: int) -> None:
 
 
 def _check_scale(name: str, value: object) -> None:
-    if value is None:
-        return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} {value!r:.40} is a {type(value).__name__}; expected a number")
     _check(0 <= value <= MAX_SCALE, name, value, f"0 to {MAX_SCALE}")
@@ -245,9 +243,8 @@ def make_scheduler(
     if not (name or scales):
         return own
     if scales and "drift_scale" not in inspect.signature(cls).parameters:
-        raise ValueError(
-            f"{next(iter(scales))} is for the SDE samplers ({', '.join(SDE_SAMPLERS)}); {cls.__name__} has no such scale"
-        )
+        samplers = ", ".join(SDE_SAMPLERS)
+        raise ValueError(f"{next(iter(scales))} is for the SDE samplers ({samplers}); {cls.__name__} has none")
     return cls.from_config(own.config, **scales)
 
 
