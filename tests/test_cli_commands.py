@@ -39,8 +39,8 @@ def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_teaches_with_examples(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
-    examples = re.findall(rf"^  (transdiff {command}\b.*)", result.stdout, re.MULTILINE)
-    assert len(examples) >= 2
+    examples = re.findall(rf"^ +(transdiff {command} .*)", result.stdout, re.MULTILINE)
+    assert len(examples) >= 2, result.stdout
     # Every option of an example is one of the command's.
     listed = result.stdout.split("Options:")[1]
     for option in re.findall(r"(?<= )--?[a-z-]+", " ".join(examples)):

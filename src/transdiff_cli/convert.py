@@ -28,7 +28,7 @@ def convert(
     dtype: Annotated[DType, typer.Option(help="Number format of the stored weights.")] = "float32",
     debug: Debug = False,
 ) -> None:
-    """Convert a checkpoint of the TransDiff authors to a folder that diffusers loads.
+    """Convert a checkpoint of the TransDiff authors for diffusers.
 
     The averaged (EMA) weights are taken, the configuration is read off their shapes, and the published sampling
     settings are stored with them.

@@ -24,7 +24,7 @@ def demo(
     share: Annotated[bool, typer.Option("--share", help="Also make a public link, through Gradio's servers.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Draw in the browser: a web page on this machine, until Ctrl-C.
+    """Open a web page that draws, until Ctrl-C.
 
     It needs Gradio: pip install "transdiff_pipelines[demo]"
 

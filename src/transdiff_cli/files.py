@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -72,8 +72,9 @@ def single_files(pattern: Path, settings: "GenerationSettings") -> list[Path]:
 def save_image(image: Image.Image, path: Path, settings: "GenerationSettings") -> None:
     """Write with the settings in it, to a temporary name, then rename: an interrupted write leaves what was there."""
     temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    options: dict[str, Any] = {"pnginfo": settings.png_info()} if keeps_settings(path) else {}
     try:
-        image.save(temporary, **({"pnginfo": settings.png_info()} if keeps_settings(path) else {}))
+        image.save(temporary, **options)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -21,8 +21,9 @@ def info(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Show a checkpoint's components, parameters, recommended settings and classes.
+    """Show what a checkpoint is.
 
+    Its components and their parameters, its images, its recommended settings and its classes, by number and name.
     Only configuration files are read: of a Hub repository no weights are downloaded.
 
     \b

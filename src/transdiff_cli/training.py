@@ -22,9 +22,9 @@ def train(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Print the commands that train a model; run them, or pipe them into a shell.
+    """Print the commands that train a model.
 
-    To be called in a checkout of the repository, where the training code is.
+    Run them, or pipe them into a shell. To be called in a checkout of the repository, where the training code is.
 
     \b
     Examples:
@@ -59,10 +59,9 @@ def evaluate(
     num_images: Annotated[int, typer.Option("--num-images", min=1, help="Images to draw and measure.")] = 50_000,
     debug: Debug = False,
 ) -> None:
-    """Print the command that measures a model: FID, sFID, Inception Score, precision, recall.
+    """Print the command that measures a model.
 
-    To be called in a checkout of the repository, where the evaluation code is. Without a reference,
-    what needs none is measured.
+    FID, sFID, Inception Score, precision and recall; without a reference, what needs none. To be called in a checkout of the repository, where the evaluation code is.
 
     \b
     Examples:

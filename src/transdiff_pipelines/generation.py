@@ -169,8 +169,11 @@ class GenerationSettings:
                 f"the settings in {name} have {sorted(unknown)!r}, unknown to transdiff_pipelines {__version__}; "
                 f"they were written by {stored.get('version', 'another version')!r}: install that"
             )
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()
+        }
         try:
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()})
+            return cls(**values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the settings in {name} are wrong: {error}") from error
 
