@@ -59,7 +59,7 @@ setup(
     package_data={"transdiff_pipelines": ["py.typed", "checkpoints/**/*", "data/*"]},
     install_requires=BASE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["transdiff = transdiff_pipelines.cli:main"]},
+    entry_points={"console_scripts": ["transdiff = transdiff_cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

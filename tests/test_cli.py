@@ -1,19 +1,22 @@
-"""The `transdiff` command, on a tiny saved pipeline: what it writes, what it says, how it fails."""
+"""`transdiff generate` and `convert`, on a tiny saved pipeline: what they write, what they say, how they fail."""
 
-import subprocess
-import sys
+import shlex
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command import assert_one_line_error, run
+from diffusers import ModelMixin
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_pipeline
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-import transdiff_pipelines
-from transdiff_pipelines import TransDiffPipeline, cli, loaders
+from transdiff_pipelines import TransDiffPipeline, generation, loaders
+from transdiff_pipelines.generation import SCHEDULER_CLASSES, GenerationSettings
 
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
@@ -21,6 +24,7 @@ CHECKPOINT = GOLDEN / "mrar_256.checkpoint-last.pth"
 VAE = GOLDEN / "vae.checkpoint-last.pth"
 IMAGE_SIDE = 8  # of the tiny pipeline
 NUM_CLASSES = 5
+GENERATE = import_module("transdiff_cli.generate")  # its function has the same name
 
 
 @pytest.fixture(scope="module")
@@ -35,24 +39,12 @@ def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
 def generate(model: str, *arguments: object) -> Result:
     return run("generate", "--model", model, "--steps", 2, "--device", "cpu", *arguments)
 
 
 def pixels(path: str) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
-
-
-def assert_one_line_error(result: Result, *words: str) -> None:
-    assert result.exit_code == 1, result.output
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    for word in words:
-        assert word in result.stderr
 
 
 def test_generate_writes_a_row_for_each_label_and_says_how(model: str) -> None:
@@ -70,7 +62,7 @@ def test_generate_without_labels_draws_every_class_of_few(model: str, monkeypatc
     assert generate(model, *range(NUM_CLASSES), "--output", "named.png").exit_code == 0
     np.testing.assert_array_equal(pixels("all.png"), pixels("named.png"))
 
-    monkeypatch.setattr(cli, "MAX_CLASSES_BY_DEFAULT", NUM_CLASSES - 1)
+    monkeypatch.setattr(GENERATE, "MAX_CLASSES_BY_DEFAULT", NUM_CLASSES - 1)
     assert_one_line_error(generate(model), "5 classes", "transdiff generate goldfish")
 
 
@@ -99,16 +91,16 @@ def test_grid_has_a_row_for_each_label_or_is_nearly_square(
     num_labels: int, count: int, columns: int, rows: int
 ) -> None:
     number = num_labels * count
-    grid = cli._grid([Image.new("RGB", (1, 1), (i, i, i)) for i in range(number)], num_labels, count)
+    grid = generation.image_grid([Image.new("RGB", (1, 1), (i, i, i)) for i in range(number)], count)
     assert grid.size == (columns, rows)
     assert [grid.getpixel((i % columns, i // columns))[0] for i in range(number)] == list(range(number))
 
 
-@pytest.mark.parametrize("name", list(cli.SCHEDULER_CLASSES))
+@pytest.mark.parametrize("name", list(SCHEDULER_CLASSES))
 def test_scheduler_by_name(model: str, name: str) -> None:
     result = generate(model, 0, "--scheduler", name, "--output", "out.png")
     assert result.exit_code == 0, result.output
-    assert cli.SCHEDULER_CLASSES[name] in result.stdout
+    assert f"2 steps of {name}, " in result.stdout
     assert pixels("out.png").std() > 0
 
 
@@ -145,17 +137,28 @@ def test_dtype(model: str) -> None:
         (["0", "--output", "out.doc"], ["'out.doc'", "out.png"]),
         (["0", "--output", "missing/out.png"], ["mkdir -p missing"]),
         (["0", "--output", "folder.png"], ["folder.png is a folder"]),
+        (["0", "--output", "{label}.png"], ["add --no-grid"]),
+        (["0", "--no-grid", "--output", "{label}-{model}.png"], ["{model}", "{seed}"]),
+        (["0", "--no-grid", "-n", "2", "--output", "out.png"], ["2 images", "'out-{seed}.png'"]),
+        (["0", "1", "0", "--no-grid", "--output", "{label}.png"], ["3 images", "'{label}-{seed}.png'"]),
+        (["0", "--no-grid", "--output", "missing/out"], ["mkdir -p missing"]),
+        (["0", "--no-grid", "--output", "{label}/{seed}.png"], ["mkdir -p 0"]),
+        (["0", "--no-grid", "--output", "file"], ["file is a file"]),
+        (["0", "--from", "missing.png"], ["missing.png"]),
+        (["0", "--from", "weights.pth"], ["weights.pth is not a PNG"]),
+        (["0", "--count", "100001"], ["100001", "100000"]),
         (["0", "--model", "./missing"], ["./missing does not exist"]),
         (["0", "--model", "weights.pth"], ["weights.pth is a file", "transdiff convert weights.pth"]),
         (["0", "--model", "zhendch/Transdiff"], ["transdiff convert --repo zhendch/Transdiff"]),
-        (["0", "--scheduler", "heun", "--drift-scale", "0.9"], ["--drift-scale", "euler-maruyama"]),
-        (["0", "--guidance-scale", "-1"], ["guidance_scale -1.0"]),
+        (["0", "--scheduler", "heun", "--drift-scale", "0.9"], ["drift_scale", "euler-maruyama"]),
+        (["0", "--guidance-scale", "-1"], ["guidance_scale is -1.0"]),
         (["0", "--diffusion-scale", "-1"], ["diffusion_scale is -1.0"]),
         (["0", "--device", "abacus"], ["'abacus'", "best is"]),
     ],
 )
 def test_generate_errors_are_one_line_with_the_remedy(model: str, arguments: list[str], words: list[str]) -> None:
     Path("weights.pth").touch()
+    Path("file").touch()
     Path("folder.png").mkdir()
     before = set(Path().iterdir())
     assert_one_line_error(generate(model, *arguments), *words)
@@ -169,7 +172,7 @@ def test_debug_shows_where_an_error_comes_from(model: str) -> None:
 
 
 def test_an_unforeseen_error_names_its_type_and_debug(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_draw", lambda *_: {}["key"])
+    monkeypatch.setattr(generation, "draw", lambda *_: {}["key"])
     assert_one_line_error(generate(model, 0), "KeyError: 'key'", "--debug")
 
 
@@ -196,16 +199,8 @@ def test_wrong_usage_exits_with_2(arguments: list[object]) -> None:
     assert not list(Path().iterdir())
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["convert"]])
-def test_help_teaches_with_examples(command: list[str]) -> None:
-    result = run(*command, "--help")
-    assert result.exit_code == 0
-    expected = f"  transdiff {command[0]} " if command else "transdiff COMMAND --help"
-    assert expected in result.stdout
-
-
 def test_interrupted_writing_leaves_the_file_that_was_there(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half_written(self: Image.Image, path: Path) -> None:
+    def half_written(self: Image.Image, path: Path, **options: object) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
@@ -214,6 +209,123 @@ def test_interrupted_writing_leaves_the_file_that_was_there(model: str, monkeypa
     assert generate(model, 0, "--output", "out.png").exit_code == 130
     assert [path.name for path in Path().iterdir()] == ["out.png"]
     assert Path("out.png").read_bytes() == b"old"
+
+
+def test_single_files(model: str) -> None:
+    assert generate(model, 4, 1, "-n", 2, "--seed", 7, "--batch-size", 4, "--output", "grid.png").exit_code == 0
+    for output, names in (
+        ("folder", ["4-7.png", "4-8.png", "1-9.png", "1-10.png"]),
+        ("folder/{number}-{label}.png", ["0-4.png", "1-4.png", "2-1.png", "3-1.png"]),
+    ):
+        options = ["-n", 2, "--seed", 7, "--no-grid", "--batch-size", 4, "--output", output]
+        result = generate(model, 4, 1, *options)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.startswith(f"folder/{names[0]} to folder/{names[-1]}: 4 images in ")
+        singles = [pixels(f"folder/{name}") for name in names]
+        rows = [np.concatenate(singles[:2], axis=1), np.concatenate(singles[2:], axis=1)]
+        np.testing.assert_array_equal(np.concatenate(rows), pixels("grid.png"))
+    assert len(list(Path("folder").iterdir())) == 8
+
+
+def test_each_single_file_is_drawn_again_to_the_bit(model: str) -> None:
+    assert generate(model, 4, 1, "-n", 2, "--seed", 7, "--no-grid").exit_code == 0
+    for path in ("transdiff-4-8.png", "transdiff-1-10.png"):
+        again = run("generate", "--from", path, "--device", "cpu", "--output", "again.png")
+        assert again.exit_code == 0, again.output
+        assert Path("again.png").read_bytes() == Path(path).read_bytes()
+
+
+def test_a_grid_is_drawn_again_to_the_bit_with_every_setting(model: str) -> None:
+    scales = [part for value in (1, 1.5, 2, 2.5) for part in ("--guidance-scale", value)]
+    sampler = ["--scheduler", "sde-multistep", "--drift-scale", 0.8, "--diffusion-scale", 0.7]
+    options = [*scales, *sampler, "-n", 3, "--seed", 5, "--dtype", "bfloat16", "--batch-size", 2]
+    assert generate(model, "goldfish", 4, *options, "--output", "out.png").exit_code == 0
+    assert GenerationSettings.from_image("out.png") == GenerationSettings(
+        labels=(1, 4),
+        model=model,
+        count=3,
+        seed=5,
+        guidance_scale=(1.0, 1.5, 2.0, 2.5),
+        num_inference_steps=2,
+        scheduler="sde-multistep",
+        drift_scale=0.8,
+        diffusion_scale=0.7,
+        dtype="bfloat16",
+        batch_size=2,
+    )
+    again = run("generate", "--from", "out.png", "--device", "cpu", "--output", "again.png")
+    assert again.exit_code == 0, again.output
+    assert Path("again.png").read_bytes() == Path("out.png").read_bytes()
+
+    # The command in words does the same.
+    command = shlex.split(GenerationSettings.from_image("out.png").command_line())
+    assert command[0] == "transdiff"
+    assert run(*command[1:], "--device", "cpu", "--output", "typed.png").exit_code == 0
+    assert Path("typed.png").read_bytes() == Path("out.png").read_bytes()
+
+
+def test_what_the_model_recommends_is_stored_too(model: str) -> None:
+    assert generate(model, 0, "--output", "out.png").exit_code == 0
+    stored = GenerationSettings.from_image("out.png")
+    assert (stored.guidance_scale, stored.drift_scale, stored.diffusion_scale) == (1.3, 0.9, 0.95)
+    assert stored.scheduler == "euler-maruyama"
+
+
+def test_options_replace_what_an_image_stores(model: str) -> None:
+    assert generate(model, 0, 1, "--output", "out.png").exit_code == 0
+    stored = GenerationSettings.from_image("out.png")
+    for options, changes in (
+        (["--seed", 3], {"seed": 3}),
+        (["--seed", 0], {}),
+        ([2], {"labels": (2,)}),
+        (["--scheduler", "heun"], {"scheduler": "heun", "drift_scale": None, "diffusion_scale": None}),
+        (["--scheduler", "sde-multistep"], {"scheduler": "sde-multistep"}),
+    ):
+        result = run("generate", *options, "--from", "out.png", "--device", "cpu", "--output", "again.png")
+        assert result.exit_code == 0, result.output
+        assert GenerationSettings.from_image("again.png") == replace(stored, **changes)
+
+
+def test_from_says_what_it_will_do_and_which_version_drew(model: str) -> None:
+    settings = GenerationSettings(labels=(0,), model=model, num_inference_steps=2, version="0.0.1")
+    Image.new("RGB", (1, 1)).save("old.png", pnginfo=settings.png_info())
+    result = run("generate", "--from", "old.png", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "version 0.0.1" in result.stderr
+    assert f"transdiff generate 0 --model {model}" in result.stderr
+
+
+def test_other_formats_keep_no_settings_and_say_so(model: str) -> None:
+    result = generate(model, 0, "--output", "out.webp")
+    assert result.exit_code == 0, result.output
+    assert "only a PNG keeps its settings; again: transdiff generate 0 --model" in result.stdout
+    assert "only a PNG" not in generate(model, 0).stdout
+
+
+def test_compile_asks_for_compiled_blocks_of_both_models(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(
+        ModelMixin, "compile_repeated_blocks", lambda self, *args, **kwargs: compiled.append(type(self).__name__)
+    )
+    assert generate(model, 0).exit_code == 0
+    assert compiled == []
+    assert generate(model, 0, "--compile").exit_code == 0
+    assert compiled == ["ARConditionEncoder", "TransDiffTransformer2DModel"]
+
+
+def test_interrupted_single_files_are_whole(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Image.Image.save
+
+    def interrupted_at_the_third(self: Image.Image, path: Path, **options: object) -> None:
+        if len(list(Path().glob("*.png"))) == 2:
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+        save(self, path, **options)
+
+    monkeypatch.setattr(Image.Image, "save", interrupted_at_the_third)
+    assert generate(model, 0, "-n", 4, "--no-grid").exit_code == 130
+    assert sorted(path.name for path in Path().iterdir()) == ["transdiff-0-0.png", "transdiff-0-1.png"]
+    assert {Image.open(path).size for path in Path().iterdir()} == {(IMAGE_SIDE, IMAGE_SIDE)}
 
 
 def test_convert_stores_what_the_converter_returns() -> None:
@@ -266,17 +378,3 @@ def test_convert_errors_write_nothing() -> None:
     download = ["convert", "--repo", "owner/name", "--model", "big", "--output", "out"]
     assert_one_line_error(run(*download), "'big'", "transdiff_l_mrar")
     assert sorted(Path().rglob("*")) == before
-
-
-def test_version() -> None:
-    assert run("--version").stdout == f"transdiff_pipelines {transdiff_pipelines.__version__}\n"
-
-
-def test_installed_command() -> None:
-    command = Path(sys.executable).with_name("transdiff")
-    done = subprocess.run([command, "generate", "--model", "./missing"], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(
-        "error: model ./missing does not exist"
-    )  # libraries may warn before
-    assert done.stdout == ""

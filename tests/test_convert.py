@@ -482,7 +482,7 @@ def test_a_model_is_converted_straight_from_a_hub(tmp_path: Path):
     # The address of the Hub is read on import, hence another process.
     hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache")}
     hub |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "", "no_proxy": "127.0.0.1"}
-    program = "from transdiff_pipelines.cli import main; main()"
+    program = "from transdiff_cli import main; main()"
     arguments = "convert --repo someone/mirror --model transdiff_b_mrar --num-attention-heads 2"
     preset = ["--preset", "transdiff_b_mrar", "--output", str(tmp_path / "out")]
     try:

@@ -1,0 +1,331 @@
+"""Drawing as the command line and the web demo do it: the settings of an image, and the image of its settings.
+
+`GenerationSettings` says all that it takes to make an image again; a PNG carries it, `transdiff generate --from`
+reads it. Image i of a run has a generator of its own, seeded with seed + i, so that it does not depend on its
+neighbours, but for the rounding of a batch of another size.
+"""
+
+import inspect
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import make_image_grid
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from . import DIGITS, __version__
+from .pipelines import TransDiffPipeline
+
+
+SCHEDULER_CLASSES: dict[str, str] = {
+    "euler-maruyama": "FlowMatchEulerMaruyamaScheduler",
+    "sde-multistep": "FlowMatchSDEMultistepScheduler",
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "heun": "FlowMatchHeunDiscreteScheduler",
+    "dpm-solver": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+"""The samplers that were tried on this flow: two of the paper's SDE, then diffusers' of the probability-flow ODE."""
+
+SDE_SAMPLERS = ("euler-maruyama", "sde-multistep")
+"""Those that have a drift and a diffusion scale."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+PNG_KEY = "transdiff"
+"""Keyword of the PNG text chunk that holds the settings as JSON."""
+
+MAX_IMAGES = 100_000
+MAX_STEPS = 10_000
+MAX_SEED = 2**63 - 1
+MAX_SCALE = 1000
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How an image was made, or a grid of images: `count` of each label, image i with the seed `seed` + i.
+
+    Args:
+        labels: class ids, each at least 0.
+        model: folder or Hub repository of the pipeline; None is the bundled digits model.
+        count: images of each label, next to one another.
+        seed: 0..2^63-1, of the first image.
+        guidance_scale: 0..1000, one number, or one for each image of the AR sequence; None is the model's
+            recommendation.
+        num_inference_steps: denoising steps for each image of the AR sequence, 1..10,000.
+        scheduler: a key of `SCHEDULER_CLASSES`; None is the model's own.
+        drift_scale, diffusion_scale: of the SDE samplers, 0..1000; None is the model's own.
+        dtype: number format of the weights, one of `DTYPES`.
+        batch_size: images drawn at once. Another one rounds differently.
+        version: of the package that drew.
+
+    Raises:
+        TypeError: a value of a wrong type.
+        ValueError: a value out of its range, or more than 100,000 images.
+    """
+
+    labels: tuple[int, ...]
+    model: str | None = None
+    count: int = 1
+    seed: int = 0
+    guidance_scale: float | tuple[float, ...] | None = None
+    num_inference_steps: int = 100
+    scheduler: str | None = None
+    drift_scale: float | None = None
+    diffusion_scale: float | None = None
+    dtype: str = "float32"
+    batch_size: int = 32
+    version: str = __version__
+
+    def __post_init__(self) -> None:
+        # The settings of a stranger's image come through here: nothing is taken for granted.
+        _check(isinstance(self.labels, tuple) and len(self.labels) > 0, "labels", self.labels, "class ids")
+        for label in self.labels:
+            _check_int("labels", label, 0, MAX_SEED)
+        _check_int("count", self.count, 1, MAX_IMAGES)
+        if self.num_images > MAX_IMAGES:
+            raise ValueError(f"{self.num_images:,} images are asked for; draw at most {MAX_IMAGES:,} at a time")
+        _check_int("seed", self.seed, 0, MAX_SEED - self.num_images)
+        _check_int("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
+        _check_int("batch_size", self.batch_size, 1, MAX_IMAGES)
+        _check(self.guidance_scale != (), "guidance_scale", self.guidance_scale, "one number or more")
+        for name in ("guidance_scale", "drift_scale", "diffusion_scale"):
+            value = getattr(self, name)
+            per_image = name == "guidance_scale" and isinstance(value, tuple)
+            for scale in value if per_image else () if value is None else (value,):
+                _check_scale(name, scale)
+        _check(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        names = ", ".join(SCHEDULER_CLASSES)
+        _check(self.scheduler in (None, *SCHEDULER_CLASSES), "scheduler", self.scheduler, f"one of {names}")
+        # Both are shown in a terminal, where control characters do harm.
+        _check(self.model is None or _is_name(self.model), "model", self.model, "a folder or Hub repository")
+        _check(_is_name(self.version), "version", self.version, "that of the package")
+
+    @property
+    def num_images(self) -> int:
+        return len(self.labels) * self.count
+
+    @property
+    def label_of_each(self) -> list[int]:
+        """The label of every image in turn."""
+        return [label for label in self.labels for _ in range(self.count)]
+
+    def image(self, number: int) -> "GenerationSettings":
+        """The settings that draw image `number` alone."""
+        return replace(self, labels=(self.labels[number // self.count],), count=1, seed=self.seed + number)
+
+    def resolved(self, pipe: TransDiffPipeline) -> "GenerationSettings":
+        """With what is left to the model filled in, so that a later change of its defaults does not matter."""
+        guidance = pipe.config.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        guidance = 1.0 if guidance is None else guidance
+        config = make_scheduler(pipe.scheduler, self.scheduler, self.drift_scale, self.diffusion_scale).config
+        names = {class_name: name for name, class_name in SCHEDULER_CLASSES.items()}
+        scheduler = self.scheduler or names.get(type(pipe.scheduler).__name__)
+        has_scales = scheduler in SDE_SAMPLERS
+        return replace(
+            self,
+            guidance_scale=tuple(guidance) if isinstance(guidance, (list, tuple)) else float(guidance),
+            scheduler=scheduler,
+            drift_scale=config.drift_scale if has_scales else None,
+            diffusion_scale=config.diffusion_scale if has_scales else None,
+        )
+
+    def png_info(self) -> PngImagePlugin.PngInfo:
+        """For `Image.save(path, pnginfo=...)`: one text chunk, JSON under `PNG_KEY`."""
+        info = PngImagePlugin.PngInfo()
+        info.add_text(PNG_KEY, json.dumps(asdict(self)))
+        return info
+
+    @classmethod
+    def from_image(cls, image: Image.Image | str | os.PathLike[str]) -> "GenerationSettings":
+        """The settings in a PNG of `transdiff generate` or the web demo, checked as if a stranger had written them.
+
+        Raises:
+            OSError: there is no such file, or it is no image.
+            ValueError: the image carries no settings, or such as this version cannot follow.
+        """
+        if isinstance(image, Image.Image):
+            name, text = "the image", image.info.get(PNG_KEY)
+        else:
+            name, text = str(image), _png_text(image)
+        if not isinstance(text, str):
+            raise ValueError(f"{name} carries no settings; expected a PNG that transdiff drew, not saved anew since")
+        try:
+            stored = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the settings in {name} are not JSON; expected a PNG that transdiff drew") from error
+        if not isinstance(stored, dict) or "labels" not in stored:
+            raise ValueError(f"the settings in {name} name no labels; expected a PNG that transdiff drew")
+        unknown = stored.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(
+                f"the settings in {name} have {sorted(unknown)!r}, unknown to transdiff_pipelines {__version__}; "
+                f"they were written by {stored.get('version', 'another version')!r}: install that"
+            )
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()
+        }
+        try:
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the settings in {name} are wrong: {error}") from error
+
+    def command_line(self) -> str:
+        """The `transdiff generate` command that draws this, quoted for a POSIX shell."""
+        scales = self.guidance_scale if isinstance(self.guidance_scale, tuple) else (self.guidance_scale,)
+        options: list[tuple[str, Any]] = [
+            ("--model", self.model),
+            ("--count", None if self.count == 1 else self.count),
+            ("--seed", self.seed),
+            *(("--guidance-scale", scale) for scale in scales),
+            ("--num-inference-steps", self.num_inference_steps),
+            ("--scheduler", self.scheduler),
+            ("--drift-scale", self.drift_scale),
+            ("--diffusion-scale", self.diffusion_scale),
+            ("--dtype", self.dtype),
+            ("--batch-size", self.batch_size if self.num_images > 1 else None),
+        ]
+        given = [part for option, value in options if value is not None for part in (option, str(value))]
+        return shlex.join(["transdiff", "generate", *map(str, self.labels), *given])
+
+
+def _png_text(path: str | os.PathLike[str]) -> str | None:
+    """The settings as they stand in a PNG file; its pixels are not decoded."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get(PNG_KEY)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not a PNG; only PNGs carry settings") from error
+
+
+def _check(right: bool, name: str, value: object, expected: str) -> None:
+    if not right:
+        shown = repr(value)
+        raise ValueError(f"{name} is {shown if len(shown) < 80 else shown[:77] + '...'}; expected {expected}")
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} {value!r:.40} is a {type(value).__name__}; expected an int")
+    _check(low <= value <= high, name, value, f"{low} to {high}")
+
+
+def _check_scale(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} {value!r:.40} is a {type(value).__name__}; expected a number")
+    _check(0 <= value <= MAX_SCALE, name, value, f"0 to {MAX_SCALE}")
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 4096 and value.isprintable()
+
+
+def make_scheduler(
+    own: SchedulerMixin,
+    name: str | None = None,
+    drift_scale: float | None = None,
+    diffusion_scale: float | None = None,
+) -> SchedulerMixin:
+    """The scheduler called `name`, configured as the model's `own` but for the scales that are given.
+
+    Raises:
+        ValueError: no scheduler has that name, or it has no such scale.
+    """
+    if name is not None and name not in SCHEDULER_CLASSES:
+        raise ValueError(f"scheduler {name!r} is unknown; choose one of {', '.join(SCHEDULER_CLASSES)}")
+    cls: type[SchedulerMixin] = getattr(diffusers, SCHEDULER_CLASSES[name]) if name else type(own)
+    scales = {"drift_scale": drift_scale, "diffusion_scale": diffusion_scale}
+    scales = {key: value for key, value in scales.items() if value is not None}
+    if not (name or scales):
+        return own
+    if scales and "drift_scale" not in inspect.signature(cls).parameters:
+        samplers = ", ".join(SDE_SAMPLERS)
+        raise ValueError(f"{next(iter(scales))} is for the SDE samplers ({samplers}); {cls.__name__} has none")
+    return cls.from_config(own.config, **scales)
+
+
+def draw(
+    pipe: TransDiffPipeline,
+    settings: GenerationSettings,
+    callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+) -> Iterator[Image.Image]:
+    """The images of the settings in turn, drawn in batches. The pipeline gets its own scheduler back at the end.
+
+    Its weights are used as they are: `settings.model` and `settings.dtype` are the loader's business.
+
+    Raises:
+        ValueError, TypeError: a setting does not fit this pipeline.
+    """
+    own = pipe.scheduler
+    labels = settings.label_of_each
+    guidance = settings.guidance_scale
+    try:
+        pipe.scheduler = make_scheduler(own, settings.scheduler, settings.drift_scale, settings.diffusion_scale)
+        for start in range(0, len(labels), settings.batch_size):
+            batch = range(len(labels))[start : start + settings.batch_size]
+            yield from pipe(
+                [labels[number] for number in batch],
+                list(guidance) if isinstance(guidance, tuple) else guidance,
+                settings.num_inference_steps,
+                [torch.Generator().manual_seed(settings.seed + number) for number in batch],
+                callback_on_step_end=callback_on_step_end,
+            ).images
+    finally:
+        pipe.scheduler = own
+
+
+def image_grid(images: Sequence[Image.Image], count: int) -> Image.Image:
+    """All images in one, `count` of each label: a row for each label, or as square as one row or column allows."""
+    number = len(images)
+    if 1 < count < number:
+        columns = count
+    else:  # the smallest divisor that makes the grid at least as wide as high
+        columns = next(n for n in range(1, number + 1) if number % n == 0 and n * n >= number)
+    return make_image_grid(list(images), rows=number // columns, cols=columns)
+
+
+def load_pipeline(model: str | None = None, dtype: str = "float32", device: str | None = None) -> TransDiffPipeline:
+    """A pipeline from a folder or a Hub repository, or the bundled digits; on the accelerator if there is one.
+
+    Raises:
+        ValueError: `model` is a file, or the device cannot be used here.
+        OSError: there is no such folder, or it is no pipeline's.
+    """
+    place, source = _device(device), model_source(model)
+    return TransDiffPipeline.from_pretrained(source, dtype=getattr(torch, dtype)).to(place)
+
+
+def model_source(model: str | None) -> str:
+    """What `from_pretrained` loads for `model`; an error, as in `load_pipeline`, where that cannot be a pipeline."""
+    if model is None:
+        return str(DIGITS)
+    if Path(model).is_file():
+        raise ValueError(
+            f"model {model} is a file; expected a pipeline's folder. A released checkpoint is converted first: "
+            f"transdiff convert {shlex.quote(model)} --vae VAE.pth --output FOLDER"
+        )
+    if not Path(model).exists() and not _is_repository_name(model):
+        raise FileNotFoundError(f"model {model} does not exist; expected a pipeline's folder or a Hub OWNER/NAME")
+    return model
+
+
+def _is_repository_name(model: str) -> bool:
+    """Whether `model` reads as OWNER/NAME and not as a path."""
+    return model.count("/") == 1 and model[0] not in "./~" and not model.endswith("/")
+
+
+def _device(name: str | None) -> torch.device:
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if name is None:
+        return best
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here; this machine's best is {str(best)!r}") from error
