@@ -61,7 +61,7 @@ def test_the_sequence_appears_image_by_image(visit):
 def test_blend(visit):
     page = visit()
     few_steps(page)
-    page.choose("Blend of two")
+    page.choose("Blend")
     page.wait(lambda: page.find("#share input[type=number]")[0].is_displayed())
     page.number("#share", 0.25)
     page.wait(lambda: "blend_conditions(parts, [0.75, 0.25])" in page.text("#recipe"))

@@ -106,10 +106,10 @@ def build(pipe: TransDiffPipeline, model: str | None = None) -> gr.Blocks:
                                      elem_id="seed")  # fmt: skip
                 with gr.Accordion("Sampler", open=False):
                     scheduler = gr.Dropdown(
-                        list(SCHEDULER_CLASSES), value="sde-multistep", label="Scheduler", elem_id="scheduler",
-                        info="The paper's is euler-maruyama, with 100 steps; the others make do with fewer.",
+                        list(SCHEDULER_CLASSES), value="euler-maruyama", label="Scheduler", elem_id="scheduler",
+                        info="The paper's is euler-maruyama, with 100 steps.",
                     )  # fmt: skip
-                    steps = gr.Slider(1, MAX_STEPS, 20, step=1, label="Steps", elem_id="steps",
+                    steps = gr.Slider(1, MAX_STEPS, 50, step=1, label="Steps", elem_id="steps",
                                       info="Denoising steps for each image of the sequence.")  # fmt: skip
                     guidance = gr.Number(
                         None, label="Guidance", minimum=0, maximum=MAX_SCALE, step=0.1, elem_id="guidance",

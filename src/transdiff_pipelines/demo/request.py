@@ -19,7 +19,7 @@ MAX_UPLOAD_BYTES = 8 * 2**20
 MAX_UPLOAD_PIXELS = 25_000_000
 UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP")
 
-CLASSES, BLEND, PICTURE = "Classes", "Blend of two", "From a picture"
+CLASSES, BLEND, PICTURE = "Classes", "Blend", "From a picture"
 MODES = (CLASSES, BLEND, PICTURE)
 
 

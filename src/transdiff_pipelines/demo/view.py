@@ -22,7 +22,8 @@ CSS = """
 #sequence th {font-weight: 400; font-size: .85rem; text-align: center}
 #sequence th.name {text-align: left; padding-right: .4rem; max-width: clamp(3.5rem, 14vw, 9rem);
     overflow-wrap: anywhere}
-#sequence td img, #sequence td div {width: clamp(48px, 14vw, 84px); aspect-ratio: 1; border-radius: 4px; margin: 0}
+#sequence td img, #sequence td div {width: clamp(48px, 14vw, 84px); aspect-ratio: 1; border-radius: 4px; margin: 0;
+    display: block}
 #sequence td:last-child img, #sequence td:last-child div {width: clamp(64px, 20vw, 128px)}
 #sequence td div {border: 1px dashed var(--border-color-primary)}
 #sequence td.painting img {outline: 2px solid var(--color-accent)}
