@@ -61,7 +61,8 @@ def evaluate(
 ) -> None:
     """Print the command that measures a model.
 
-    FID, sFID, Inception Score, precision and recall; without a reference, what needs none. To be called in a checkout of the repository, where the evaluation code is.
+    FID, sFID, Inception Score, precision and recall; without a reference, what needs none. To be called in a
+    checkout of the repository, where the evaluation code is.
 
     \b
     Examples:
