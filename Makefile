@@ -17,10 +17,10 @@ CODE := setup.py $(wildcard src training benchmarks tests)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-upstream check format clean
+.PHONY: help demo test test-slow test-browser test-upstream check format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.base ## draw several of each digit with the bundled model into digits.png
 	$(BIN)/transdiff generate --count 6 --output digits.png
@@ -30,6 +30,11 @@ test: $(VENV)/.test ## run the tests (minutes on two cores)
 
 test-slow: $(VENV)/.test ## run the long tests
 	$(PYTEST) -m slow
+
+test-browser: $(VENV)/.browser ## drive the web demo in headless Chromium
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	echo "Chromium and its driver are needed: apt-get install --no-install-recommends chromium chromium-driver"; exit 2; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/browser
 
 test-upstream: $(VENV)/.test ## run diffusers' own test mixins on these classes: DIFFUSERS=path of a checkout of it
 	@test -n "$(DIFFUSERS)" || { echo "Name a checkout of diffusers: make test-upstream DIFFUSERS=path"; exit 2; }
@@ -62,6 +67,10 @@ $(VENV)/.base: setup.py constraints.txt | $(BIN)/python
 
 $(VENV)/.test: $(VENV)/.base
 	$(INSTALL) -e ".[train,test]"
+	@touch $@
+
+$(VENV)/.browser: $(VENV)/.test
+	$(INSTALL) -e ".[browser]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
