@@ -13,11 +13,11 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP
 # Two workers, one thread each: more threads only get in each other's way on tiny models.
 # A file's tests stay together, so that what a file sets up is set up once.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
-CODE := setup.py $(wildcard src training benchmarks tests)
+CODE := setup.py $(wildcard src training benchmarks docs tests)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-browser test-upstream check format clean
+.PHONY: help demo test test-slow test-browser test-upstream check format pictures api clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,18 @@ check: $(VENV)/.dev ## lint, formatting, types
 format: $(VENV)/.dev ## mend formatting and import order
 	$(BIN)/ruff check --select I --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+pictures: $(VENV)/.browser ## draw the pictures of README, of the tour and of editing anew (needs Chromium too)
+	$(BIN)/transdiff generate --count 6 --output docs/images/digits.png
+	$(BIN)/python docs/run_page.py docs/tour.md --folder docs/images/tour
+	test -d datasets/digits || $(BIN)/python -m training.digits.export --output datasets/digits
+	$(BIN)/python -m training.digits.editing --model src/transdiff_pipelines/checkpoints/digits \
+		--data datasets/digits --split test --seeds 0 --pictures docs/images
+	$(BIN)/python tests/browser/screenshot.py docs/images/demo.png
+
+api: $(VENV)/.base ## write the API reference, from the docstrings, to build/api
+	$(INSTALL) -e ".[docs]"
+	$(BIN)/pdoc --docformat google --output-directory build/api transdiff_pipelines
 
 clean: ## remove the environment and everything that tools and the demo wrote
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache digits.png

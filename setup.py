@@ -39,6 +39,7 @@ EXTRAS = {
     "demo": ["gradio>=6.31,<7"],
     "test": ["pytest>=9", "pytest-timeout>=2.4", "pytest-xdist>=3.8", "torchao>=0.18,<1", "gradio>=6.31,<7"],
     "browser": ["selenium>=4.51,<5"],  # with Chromium and its driver, from the system
+    "docs": ["pdoc>=16"],  # the API reference
     "dev": ["mypy>=2", "ruff>=0.17,<0.18", "types-PyYAML>=6"],
 }
 
