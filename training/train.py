@@ -7,6 +7,7 @@ function of the step, this makes the step number the only position there is, and
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 import sys
@@ -37,10 +38,14 @@ from .ema import WeightAverage
 from .latent_cache import CacheError, LatentCache, load_vae, module_fingerprint
 from .lora import save_adapters
 from .metrics import MetricsLog, Stopwatch, Window, save_preview
-from .models import build_model, build_optimizer, build_pipeline
+from .models import TrainingModel, build_model, build_optimizer, build_pipeline
 from .publish import PublishError, check_repository, publish
+from .sharding import empty_copy, gather, keep_optimizer_files_whole, local, shard, sliced_like, whole
 from .trackers import check_trackers, log_image, start_trackers
 from .validation import Validation, held_out_images
+
+
+MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
 
 
 class TrainingStopped(RuntimeError):
@@ -73,16 +78,16 @@ class LearningRate:
 
 
 def check_distribution(distributed_type: DistributedType) -> None:
-    """Refuse ways of splitting the weights over processes that checkpoints here do not know.
+    """Refuse launchers that split the weights over processes in ways that checkpoints here do not know.
 
     Raises:
-        ConfigError: for FSDP, DeepSpeed and Megatron.
+        ConfigError: for accelerate's FSDP, DeepSpeed and Megatron.
     """
-    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if distributed_type in sharded:
+    splitting = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if distributed_type in splitting:
         raise ConfigError(
-            f"training under {distributed_type.value} is not supported: every process keeps the whole model here. "
-            "Launch with --multi_gpu; if memory is short, try gradient_checkpointing or a smaller data.batch_size"
+            f"the launcher asks for {distributed_type.value}, which is not supported. Launch with --multi_gpu, and "
+            "set sharding=fsdp2 to split weights, gradients, optimiser and EMA over the processes"
         )
 
 
@@ -119,9 +124,7 @@ class Trainer:
         self.rate = LearningRate(self._peak_rate(), config.schedule, self.steps_per_epoch)
         self.say(*notes, self._describe_data())
 
-        optimizer = build_optimizer(module, config.optimizer)
-        self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
-        self.module = self.accelerator.unwrap_model(self.model)
+        self._prepare(module)
         if config.compile != "no":
             for network in (self.module.condition_encoder, self.module.transformer):
                 network.compile_repeated_blocks(backend=config.compile)
@@ -136,6 +139,24 @@ class Trainer:
             self.say(f"resumed at step {self.step} of {self.rate.total_steps}")
 
     # --- building ---
+
+    def _prepare(self, module: TrainingModel) -> None:
+        """Put model and optimiser where they belong: whole on every process, or split over all of them.
+
+        `empty` is a copy without numbers of a model that is split, to be filled where it is needed whole.
+        """
+        self.empty: TrainingModel | None = None
+        if self.config.sharding == "fsdp2" and self.accelerator.num_processes > 1:
+            self.empty = empty_copy(module)
+            shard(module, self.accelerator.device, self.accelerator.num_processes)
+            optimizer = build_optimizer(module, self.config.optimizer)
+            keep_optimizer_files_whole(optimizer)
+            self.model: Any = module
+            self.optimizer = self.accelerator.prepare(optimizer)
+        else:
+            optimizer = build_optimizer(module, self.config.optimizer)
+            self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
+        self.module: TrainingModel = self.accelerator.unwrap_model(self.model)
 
     def _batches(self) -> GroupBatches:
         data, loss = self.config.data, self.config.loss
@@ -235,13 +256,15 @@ class Trainer:
         for batch in micro_batches:
             batch = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             with self.accelerator.accumulate(self.model), self.watch.timing("passes"):
-                losses = self.model(**batch)
+                with self.accelerator.autocast():
+                    losses = self.model(**batch)
                 self.accelerator.backward(losses.mean())
                 total = total + losses.detach() / len(micro_batches)
                 if self.accelerator.sync_gradients:
-                    grad_norm = self.accelerator.clip_grad_norm_(
+                    norm = self.accelerator.clip_grad_norm_(
                         self.model.parameters(), self.config.optimizer.max_grad_norm
                     )
+                    grad_norm = whole(norm)
         losses = self.accelerator.reduce(total, reduction="mean")
         self._update(losses, float(grad_norm))
         return losses, float(grad_norm)
@@ -305,18 +328,22 @@ class Trainer:
 
     def preview(self) -> None:
         """previews/step-N.png from the averaged weights, step-N-raw.png from the raw ones, and loss.png."""
+        self._save_preview("raw", "-raw")
+        with self.ema.applied():
+            self._save_preview("ema", "")
         if self.accelerator.is_main_process:
-            self._save_preview("raw", "-raw")
-            with self.ema.applied():
-                self._save_preview("ema", "")
             self.metrics.plot(self.validations)
         self.accelerator.wait_for_everyone()
 
     def _save_preview(self, weights: str, suffix: str) -> None:
         path = self.output / "previews" / f"step-{self.step:08d}{suffix}.png"
-        self.module.eval()
-        grid = save_preview(self.pipeline(), self.config.preview, self.config.seed, path)
-        self.module.train()
+        networks = self.whole_networks()
+        if not self.accelerator.is_main_process:
+            return
+        training = networks.training
+        networks.eval()
+        grid = save_preview(self.pipeline(networks), self.config.preview, self.config.seed, path)
+        networks.train(training)
         log_image(self.accelerator, f"samples_{weights}", grid, self.step)
 
     def validate(self, validation: Validation) -> None:
@@ -329,10 +356,20 @@ class Trainer:
         self.accelerator.log(values, step=self.step)
         self.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
-    def pipeline(self) -> Any:
-        """The pipeline around the networks as they are now."""
+    def whole_networks(self) -> TrainingModel:
+        """The networks with their weights as they are now; where these are split, gathered into a copy, which is
+        complete on the main process. All processes call this together."""
+        if self.empty is None:
+            return self.module
+        networks = copy.deepcopy(self.empty)
+        state = gather(self.module.state_dict(), keep=self.accelerator.is_main_process)
+        networks.load_state_dict(state, strict=bool(state), assign=True)
+        return networks
+
+    def pipeline(self, networks: TrainingModel) -> Any:
+        """The pipeline around whole networks."""
         self.vae.to(self.accelerator.device)
-        return build_pipeline(self.module, self.vae, self.config.sampling, self.module.classes)
+        return build_pipeline(networks, self.vae, self.config.sampling, networks.classes)
 
     def save(self) -> Path:
         """Write a checkpoint; all processes call this together."""
@@ -343,36 +380,40 @@ class Trainer:
             "config": to_dict(self.config),
         }
         keep = self.config.checkpoints.keep
-        return save_checkpoint(self.accelerator, self.output, progress, self._save_main, keep)
+        return save_checkpoint(self.accelerator, self.output, progress, self._save_weights, keep)
 
-    def _save_main(self, folder: Path) -> None:
-        state = {name: value.contiguous() for name, value in self._raw_weights().items()}
-        save_file(state, folder / "state" / "model.safetensors")
-        self.ema.save(folder / "state" / "ema.safetensors")
-        self._export(folder)
+    def _save_weights(self, folder: Path) -> None:
+        """All processes gather; then the main one writes, and may fail without leaving the others waiting."""
+        main = self.accelerator.is_main_process
+        raw, averaged = gather(self._raw_weights(), keep=main), gather(self.ema.tensors(), keep=main)
+        with self.ema.applied():
+            networks = self.whole_networks()
+            if main:
+                save_file({name: value.contiguous() for name, value in raw.items()}, folder / "state" / MODEL_FILE)
+                self.ema.save(folder / "state" / EMA_FILE, averaged)
+                self._export(networks, folder)
 
     def _raw_weights(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps of the weights: all, or with LoRA the adapters alone."""
         state = self.module.state_dict()
         return state if self.config.lora.rank is None else {name: state[name] for name in self.ema.names}
 
-    def _export(self, folder: Path) -> Path:
-        """The averaged weights for users: `folder`/pipeline, or with LoRA `folder`/lora; returns which."""
-        with self.ema.applied():
-            if self.config.lora.rank is None:
-                self.pipeline().save_pretrained(folder / "pipeline")
-                return folder / "pipeline"
-            save_adapters(self.module, folder / "lora")
-            return folder / "lora"
+    def _export(self, networks: TrainingModel, folder: Path) -> Path:
+        """Whole, averaged networks for users: `folder`/pipeline, or with LoRA `folder`/lora; returns which."""
+        if self.config.lora.rank is None:
+            self.pipeline(networks).save_pretrained(folder / "pipeline")
+            return folder / "pipeline"
+        save_adapters(networks, folder / "lora")
+        return folder / "lora"
 
     def _load(self, checkpoint: Path) -> None:
         progress = read_progress(checkpoint, self.config, self.groups_per_step)
         try:
-            raw = load_file(checkpoint / "state" / "model.safetensors")
+            raw = load_file(checkpoint / "state" / MODEL_FILE)
             self.accelerator.load_state(str(checkpoint / "state"))
-            self.ema.load(checkpoint / "state" / "ema.safetensors")
+            self.ema.load(checkpoint / "state" / EMA_FILE)
             for name, value in self._raw_weights().items():
-                value.copy_(raw[name])
+                local(value).copy_(local(sliced_like(raw[name], value)))
         except READ_ERRORS as error:
             raise BrokenCheckpointError(f"{checkpoint} cannot be read ({error})") from error
         self.step, self.skipped = progress["step"], progress["skipped"]
@@ -380,21 +421,25 @@ class Trainer:
     def _finish(self) -> Path:
         """Put the averaged weights at OUTPUT/pipeline, or OUTPUT/lora, replacing an older one as a whole."""
         final = self.output / ("pipeline" if self.config.lora.rank is None else "lora")
-        if self.accelerator.is_main_process:
-            partial = self.output / ".final.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            self.metrics.plot(self.validations)
-            exported = self._export(partial)
-            if self.config.lora.rank is None:
-                write_card(exported, self.pipeline(), self.config, self._describe_data(), self.metrics.read())
-            shutil.rmtree(final, ignore_errors=True)
-            exported.rename(final)
-            partial.rmdir()
+        with self.ema.applied():
+            networks = self.whole_networks()
+            if self.accelerator.is_main_process:
+                self._write_final(networks, final)
         self.accelerator.wait_for_everyone()
         self.say(f"finished: {final}")
         if self.config.push_to_hub is not None and self.accelerator.is_main_process:
             self.say(f"pushed to {publish(final, self.config.push_to_hub)}")
         return final
+
+    def _write_final(self, networks: TrainingModel, final: Path) -> None:
+        partial = self.output / ".final.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        self.metrics.plot(self.validations)
+        exported = self._export(networks, partial)
+        write_card(exported, self, networks)
+        shutil.rmtree(final, ignore_errors=True)
+        exported.rename(final)
+        partial.rmdir()
 
 
 def main() -> None:

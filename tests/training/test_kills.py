@@ -158,14 +158,14 @@ def test_half_a_progress_file_and_a_missing_one_are_broken_too(trained) -> None:
 def test_a_full_disk_costs_a_checkpoint_not_the_run(make_config, monkeypatch, capsys) -> None:
     config = make_config(**{"schedule.steps": 6, "checkpoints.every": 2, "checkpoints.keep": 9})
     trainer = Trainer(config)
-    save_main, full = trainer._save_main, {4}
+    save_weights, full = trainer._save_weights, {4}
 
     def fill(folder: Path) -> None:
-        save_main(folder)
+        save_weights(folder)
         if trainer.step in full:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(trainer, "_save_main", fill)
+    monkeypatch.setattr(trainer, "_save_weights", fill)
     trainer.run()
     assert names(config) == ["step-00000002", "step-00000006"]
     assert "No space left on device" in capsys.readouterr().out

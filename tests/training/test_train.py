@@ -211,14 +211,14 @@ def test_sharded_weights_are_refused_before_anything_is_lost() -> None:
 def test_a_kill_in_the_middle_of_a_save_leaves_the_previous_checkpoint(make_config, monkeypatch) -> None:
     config = make_config(**{"schedule.steps": 4})
     trainer = Trainer(config)
-    save_main = trainer._save_main
+    save_weights = trainer._save_weights
 
     def die_late(folder: Path) -> None:
-        save_main(folder)
+        save_weights(folder)
         if trainer.step == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "_save_main", die_late)
+    monkeypatch.setattr(trainer, "_save_weights", die_late)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert [path.name for path in checkpoint_folders(Path(config.output))] == ["step-00000002"]
