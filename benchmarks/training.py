@@ -293,7 +293,7 @@ def markdown(result: dict[str, Any]) -> str:
         run = result["run"]
         parts.append(
             f"A run's metrics.jsonl, medians of {run['lines']} lines: {run['images_per_second']:.3g} images a second; "
-            f"outside the passes {run['outside_fraction']:.1%} of the time, of that for data {run['data_fraction']:.1%}."
+            f"outside the passes {run['outside_fraction']:.1%} of the time, for data {run['data_fraction']:.1%}."
         )
     return "\n\n".join(parts) + "\n"
 

@@ -48,12 +48,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gather(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole tensors, one after the other: all processes call this together, and those that `keep` have the result."""
+    """Whole tensors: all processes call this together, those that `keep` have the result, of split ones on the CPU."""
     gathered = {}
     for name, tensor in tensors.items():
         value = whole(tensor.detach())
         if keep:
-            gathered[name] = value
+            gathered[name] = value.cpu() if isinstance(tensor, DTensor) else value
     return gathered
 
 

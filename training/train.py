@@ -11,6 +11,7 @@ import copy
 import math
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -356,15 +357,19 @@ class Trainer:
         self.accelerator.log(values, step=self.step)
         self.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
-    def whole_networks(self) -> TrainingModel:
-        """The networks with their weights as they are now; where these are split, gathered into a copy, which is
-        complete on the main process. All processes call this together."""
+    def whole_networks(self, averaged: bool = False) -> TrainingModel:
+        """The networks themselves, or, of split weights, a copy with all of them on the main process, raw or averaged;
+        on the others it has no numbers. All processes call this together.
+        """
         if self.empty is None:
             return self.module
+        with self.ema.applied() if averaged else nullcontext():
+            state = gather(self.module.state_dict(), keep=self.accelerator.is_main_process)
+        if not state:
+            return self.empty
         networks = copy.deepcopy(self.empty)
-        state = gather(self.module.state_dict(), keep=self.accelerator.is_main_process)
-        networks.load_state_dict(state, strict=bool(state), assign=True)
-        return networks
+        networks.load_state_dict(state, assign=True)
+        return networks.to(self.accelerator.device)
 
     def pipeline(self, networks: TrainingModel) -> Any:
         """The pipeline around whole networks."""
@@ -386,12 +391,11 @@ class Trainer:
         """All processes gather; then the main one writes, and may fail without leaving the others waiting."""
         main = self.accelerator.is_main_process
         raw, averaged = gather(self._raw_weights(), keep=main), gather(self.ema.tensors(), keep=main)
-        with self.ema.applied():
-            networks = self.whole_networks()
-            if main:
-                save_file({name: value.contiguous() for name, value in raw.items()}, folder / "state" / MODEL_FILE)
-                self.ema.save(folder / "state" / EMA_FILE, averaged)
-                self._export(networks, folder)
+        networks = self.whole_networks(averaged=True)
+        if main:
+            save_file({name: value.contiguous() for name, value in raw.items()}, folder / "state" / MODEL_FILE)
+            self.ema.save(folder / "state" / EMA_FILE, averaged)
+            self._export(networks, folder)
 
     def _raw_weights(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps of the weights: all, or with LoRA the adapters alone."""
@@ -399,12 +403,13 @@ class Trainer:
         return state if self.config.lora.rank is None else {name: state[name] for name in self.ema.names}
 
     def _export(self, networks: TrainingModel, folder: Path) -> Path:
-        """Whole, averaged networks for users: `folder`/pipeline, or with LoRA `folder`/lora; returns which."""
-        if self.config.lora.rank is None:
-            self.pipeline(networks).save_pretrained(folder / "pipeline")
-            return folder / "pipeline"
-        save_adapters(networks, folder / "lora")
-        return folder / "lora"
+        """The averaged weights for users: `folder`/pipeline, or with LoRA `folder`/lora; returns which."""
+        with self.ema.applied():
+            if self.config.lora.rank is None:
+                self.pipeline(networks).save_pretrained(folder / "pipeline")
+                return folder / "pipeline"
+            save_adapters(networks, folder / "lora")
+            return folder / "lora"
 
     def _load(self, checkpoint: Path) -> None:
         progress = read_progress(checkpoint, self.config, self.groups_per_step)
@@ -421,10 +426,9 @@ class Trainer:
     def _finish(self) -> Path:
         """Put the averaged weights at OUTPUT/pipeline, or OUTPUT/lora, replacing an older one as a whole."""
         final = self.output / ("pipeline" if self.config.lora.rank is None else "lora")
-        with self.ema.applied():
-            networks = self.whole_networks()
-            if self.accelerator.is_main_process:
-                self._write_final(networks, final)
+        networks = self.whole_networks(averaged=True)
+        if self.accelerator.is_main_process:
+            self._write_final(networks, final)
         self.accelerator.wait_for_everyone()
         self.say(f"finished: {final}")
         if self.config.push_to_hub is not None and self.accelerator.is_main_process:
@@ -436,7 +440,7 @@ class Trainer:
         shutil.rmtree(partial, ignore_errors=True)
         self.metrics.plot(self.validations)
         exported = self._export(networks, partial)
-        write_card(exported, self, networks)
+        write_card(exported, self.pipeline(networks), self.config, self._describe_data(), self.metrics.read())
         shutil.rmtree(final, ignore_errors=True)
         exported.rename(final)
         partial.rmdir()

@@ -74,8 +74,9 @@ def logged_steps(config: TrainConfig) -> int:
     return file.read_text(encoding="utf-8").count("\n") if file.exists() else 0
 
 
-def check_kills(make_config, num_kills: int, steps: int) -> None:
+def check_kills(make_config, num_kills: int, steps: int, workers: int) -> None:
     options = {
+        "data.workers": workers,
         "model.patch_size": 2,
         "model.dropout": 0.2,
         "schedule.steps": steps,
@@ -98,13 +99,19 @@ def check_kills(make_config, num_kills: int, steps: int) -> None:
 
 @pytest.mark.timeout(1200)  # six short runs: seconds, but minutes where many share the processor
 def test_three_kills_at_random_moments_change_no_bit(make_config) -> None:
-    check_kills(make_config, 3, 14)
+    check_kills(make_config, 3, 14, workers=0)
+
+
+@pytest.mark.timeout(1200)
+def test_a_kill_with_a_process_that_prepares_batches_changes_no_bit(make_config) -> None:
+    check_kills(make_config, 1, 8, workers=1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_ten_kills_at_random_moments_change_no_bit(make_config) -> None:
-    check_kills(make_config, 10, 60)
+@pytest.mark.parametrize(("num_kills", "steps", "workers"), [(7, 42, 0), (3, 18, 1)])
+def test_ten_kills_at_random_moments_change_no_bit(make_config, num_kills: int, steps: int, workers: int) -> None:
+    check_kills(make_config, num_kills, steps, workers)
 
 
 def test_a_kill_while_a_checkpoint_is_written(make_config) -> None:
