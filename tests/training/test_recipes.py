@@ -111,6 +111,11 @@ def same(module: torch.nn.Module, other: torch.nn.Module) -> set[str]:
     return {name for name, value in module.state_dict().items() if name in state and value.equal(state[name])}
 
 
+def test_own_images_from_scratch(small) -> None:
+    trainer = train(small("own_images"))
+    assert final_pipeline(trainer)("10", num_inference_steps=2).images[0].size == (16, 16)
+
+
 # --- the published runs ---
 
 
