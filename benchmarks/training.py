@@ -11,8 +11,9 @@ import itertools
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def count(call: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def take_turns(calls: dict[str, Callable[[], Any]], network: nn.Module, rounds: int) -> dict[str, dict[str, Any]]:
+def take_turns(calls: Mapping[str, Callable[[], Any]], network: nn.Module, rounds: int) -> dict[str, dict[str, Any]]:
     """Seconds and FLOPs of each call: a first round that is counted and not timed, then rounds in turns."""
     results: dict[str, dict[str, Any]] = {
         name: {"flops": count(call), "seconds": [], "cpu_seconds": []} for name, call in calls.items()
@@ -227,7 +228,7 @@ def steps_side_by_side(model: PublishedModel, options: argparse.Namespace) -> di
         check = loss_difference(module, released, draws)
         print(f"{model.folder}: loss {check}", flush=True)
         steps |= {"ours": OurStep(module), "released": ReleasedStep(released)}
-    calls = {name: lambda step=step: step(draws) for name, step in steps.items()}  # type: ignore[misc]
+    calls = {name: partial(step, draws) for name, step in steps.items()}
     results = take_turns(calls, steps["ours"].network, options.rounds)
     return {"loss": check, "rows": compare(results, "ours")}
 
@@ -248,7 +249,7 @@ def loss_variants(model: PublishedModel, options: argparse.Namespace) -> dict[st
         "projected for each image and timestep": lambda: tiled_losses(encoder, transformer, **batch),
         "one packed batch (bound)": lambda: packed_losses(encoder, transformer, **batch),
     }
-    calls = {name: lambda losses=losses: passes(losses) for name, losses in variants.items()}  # type: ignore[misc]
+    calls = {name: partial(passes, losses) for name, losses in variants.items()}
     results = take_turns(calls, transformer, options.rounds)
     return {"rows": compare(results, "projected once")}
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -112,8 +113,14 @@ def plan(config: TrainConfig, batch_sizes: Sequence[int], processes: Sequence[in
         ConfigError: if several processes were launched.
     """
     with tempfile.TemporaryDirectory(prefix="training-plan-") as folder:
-        settings = {"output": folder, "resume": "never", "trackers": [], "push_to_hub": None, "sharding": "no"}
-        trainer = Trainer(dataclasses.replace(config, **settings))  # type: ignore[arg-type]
+        settings: dict[str, Any] = {
+            "output": folder,
+            "resume": "never",
+            "trackers": [],
+            "push_to_hub": None,
+            "sharding": "no",
+        }
+        trainer = Trainer(dataclasses.replace(config, **settings))
     if trainer.accelerator.num_processes > 1:
         raise ConfigError("training.plan measures one process: start it with python, without a launcher")
     images = trainer.rate.total_steps * trainer.groups_per_step * trainer.batches.group_size

@@ -32,7 +32,7 @@ from .checkpoints import (
     resume_from,
     save_checkpoint,
 )
-from .config import ConfigError, ScheduleConfig, TrainConfig, accumulation_steps, config_or_exit, to_dict
+from .config import ConfigError, TrainConfig, accumulation_steps, config_or_exit, to_dict
 from .data import GroupBatches, batch_loader, keyed_generator
 from .dry_run import describe
 from .ema import WeightAverage
@@ -41,6 +41,7 @@ from .lora import save_adapters
 from .metrics import MetricsLog, Stopwatch, Window, save_preview
 from .models import TrainingModel, build_model, build_optimizer, build_pipeline
 from .publish import PublishError, check_repository, publish
+from .schedule import LearningRate
 from .sharding import empty_copy, gather, keep_optimizer_files_whole, local, shard, sliced_like, whole
 from .trackers import check_trackers, log_image, start_trackers
 from .validation import Validation, held_out_images
@@ -51,31 +52,6 @@ MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on: too many bad steps in a row."""
-
-
-class LearningRate:
-    """The learning rate of each optimiser step: linear warm-up, then constant or a cosine to zero.
-
-    Args:
-        peak: the rate after the warm-up.
-        schedule: lengths in steps or epochs.
-        steps_per_epoch: optimiser steps in an epoch, not necessarily whole.
-    """
-
-    def __init__(self, peak: float, schedule: ScheduleConfig, steps_per_epoch: float) -> None:
-        self.peak = peak
-        self.decay = schedule.decay
-        self.total_steps = schedule.steps or max(1, round((schedule.epochs or 0) * steps_per_epoch))
-        self.warmup_steps = schedule.warmup_steps or round((schedule.warmup_epochs or 0) * steps_per_epoch)
-
-    def at(self, step: int) -> float:
-        """The rate of optimiser step `step`, counted from 0."""
-        if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
-        if self.decay == "constant":
-            return self.peak
-        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return self.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def check_distribution(distributed_type: DistributedType) -> None:
