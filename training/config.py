@@ -315,6 +315,7 @@ class TrainConfig:
             "lora.rank": self.lora.rank is not None,
             "mixed_precision=fp16": self.mixed_precision == "fp16",
             "optimizer.kind=8bit": self.optimizer.kind == "8bit",
+            "compile": self.compile != "no",
         }
         wrong = [name for name, is_set in unsplit.items() if is_set and self.sharding != "no"]
         require(not wrong, f"sharding={self.sharding} does not work with {', '.join(wrong)}; unset one of the two")

@@ -88,7 +88,8 @@ def weights_and_averages(output: str) -> dict[str, torch.Tensor]:
 def test_two_processes_with_half_of_the_weights_each_make_the_run_of_one(make_config) -> None:
     one = make_config("one", **OPTIONS)
     train(one)
-    two = make_config("two", **OPTIONS, **{"data.batch_size": 2, "sharding": "fsdp2"})
+    options = OPTIONS | {"data.batch_size": 2, "sharding": "fsdp2", "gradient_checkpointing": True}
+    two = make_config("two", **options)
     run_split(two)
     assert losses(two.output) == pytest.approx(losses(one.output), rel=1e-4)
     assert_close(pipeline_tensors(one.output), pipeline_tensors(two.output))
@@ -99,7 +100,7 @@ def test_two_processes_with_half_of_the_weights_each_make_the_run_of_one(make_co
     assert (Path(two.output) / "previews/step-00000004.png").exists()
 
     # resumed: in two processes the same to the bit, and in one process what two have written
-    again = make_config("again", **OPTIONS, **{"data.batch_size": 2, "sharding": "fsdp2"})
+    again = make_config("again", **options)
     shutil.copytree(two.output, again.output)
     shutil.rmtree(checkpoint_folders(Path(again.output))[-1])
     run_split(again)
