@@ -26,6 +26,7 @@ BASE = [
 EXTRAS = {
     "train": [
         "datasets>=5.2,<6",
+        "fsspec>=2026.9",
         "matplotlib>=3.10",
         "PyYAML>=6",
         "scikit-learn>=1.8",  # the digits recipe: its images, and the classifier that judges the samples

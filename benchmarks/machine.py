@@ -11,6 +11,8 @@ from typing import Any
 import diffusers
 import torch
 
+from training.metrics import PeakMemory as PeakMemory
+
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -57,39 +59,6 @@ def matrix_product_rate(device: torch.device, dtype: torch.dtype, repeats: int =
         synchronize(device)
         seconds.append(time.perf_counter() - start)
     return 2 * side**3 / min(seconds)
-
-
-class PeakMemory:
-    """`with PeakMemory(device) as peak: …` then `peak.bytes`: the most memory in use above what was before.
-
-    On a CPU the resident set of the process as Linux counts it; None where there is no such count.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.bytes: int | None = None
-        self._before: int | None = None
-
-    def __enter__(self) -> "PeakMemory":
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
-        elif Path("/proc/self/clear_refs").exists():
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak, to the present
-            self._before = _resident_bytes("VmRSS")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is None:
-            return
-        is_cuda = self.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self.device) if is_cuda else _resident_bytes("VmHWM")
-        self.bytes = peak - self._before
-
-
-def _resident_bytes(field: str) -> int:
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
 
 
 class CallClock:

@@ -203,15 +203,20 @@ def vae_of_published_size() -> AutoencoderKL:
     ).eval()
 
 
-def random_pipeline(model: PublishedModel, seed: int = 0) -> TransDiffPipeline:
-    """Our pipeline of a published size with random weights, none of them zero."""
+def random_components(model: PublishedModel, seed: int = 0) -> tuple[ARConditionEncoder, TransDiffTransformer2DModel]:
+    """Our networks of a published size with random weights, none of them zero."""
     torch.manual_seed(seed)
     transformer = TransDiffTransformer2DModel(**model.transformer_config())
     nn.init.normal_(transformer.proj_out.weight, std=0.02)
+    return ARConditionEncoder(**model.encoder_config()).eval(), transformer.eval()
+
+
+def random_pipeline(model: PublishedModel, seed: int = 0) -> TransDiffPipeline:
+    """Our pipeline around `random_components`."""
+    encoder, transformer = random_components(model, seed)
     scheduler = FlowMatchEulerMaruyamaScheduler(drift_scale=model.drift_scale, diffusion_scale=model.diffusion_scale)
-    encoder = ARConditionEncoder(**model.encoder_config())
     return TransDiffPipeline(
-        encoder.eval(), transformer.eval(), vae_of_published_size(), scheduler, guidance_scale=model.guidance_scale
+        encoder, transformer, vae_of_published_size(), scheduler, guidance_scale=model.guidance_scale
     )
 
 

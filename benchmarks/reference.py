@@ -2,15 +2,16 @@
 
 The released code assumes a GPU and bfloat16 at places of its own choosing. What is put right here, from outside:
 `.cuda()` goes to the device of the run; the names that timm would provide; the two hard-coded bfloat16 (the time
-modulation's input, the attention mask), which are float32 in a float32 run; noise that can be recorded.
+modulation's input, the attention mask), which are float32 in a float32 run; noise and timesteps that can be recorded.
 """
 
 import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,20 +22,18 @@ from transdiff_pipelines.latents import pack_latents
 from transdiff_pipelines.presets import PublishedModel
 
 
-BUILDERS = {"B": "transdiff_base", "L": "transdiff_large", "H": "transdiff_huge"}
-
-
 class Mlp(nn.Module):
-    """The part of timm's MLP that inference uses, with its parameter names."""
+    """timm's MLP as far as the released models use it, with its parameter names."""
 
     def __init__(self, in_features: int, hidden_features: int, act_layer: type[nn.Module], drop: float):
         super().__init__()
         self.fc1 = nn.Linear(in_features, hidden_features)
         self.act = act_layer()
         self.fc2 = nn.Linear(hidden_features, in_features)
+        self.drop = nn.Dropout(drop)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.act(self.fc1(hidden_states)))
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(hidden_states)))))
 
 
 class TorchWith:
@@ -82,6 +81,25 @@ def import_released(checkout: Path) -> dict[str, ModuleType]:
             del sys.modules[name]
 
 
+def constructor_arguments(model: PublishedModel) -> dict[str, Any]:
+    """What the released builder of a size passes on; written out, so that a model may have fewer blocks."""
+    size = model.size
+    sizes = {
+        "embed_dim": size.width,
+        "num_heads": size.num_attention_heads,
+        "depth": size.decoder_layers,
+    }
+    if size.encoder_layers != 2 * size.decoder_layers:
+        raise ValueError(f"{size.encoder_layers} encoder blocks; the released code has two for each decoder block")
+    return {
+        **{f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in sizes.items()},
+        "norm_layer": partial(nn.LayerNorm, eps=1e-6),
+        "img_size": model.resolution,
+        "patch_size": model.patch_size,
+        "class_num": model.num_classes,
+    }
+
+
 class ReleasedModel:
     """A released model of a published size with random weights, on a device, in a precision.
 
@@ -104,10 +122,7 @@ class ReleasedModel:
             vars(self._modules[name])["torch"] = seen
         self._builder = self._modules["transdiff_mrar" if model.patch_size > 1 else "transdiff"]
         with self._adapted():
-            build = getattr(self._builder, BUILDERS[model.size.name])
-            self.module: Any = build(
-                img_size=model.resolution, patch_size=model.patch_size, class_num=model.num_classes
-            )
+            self.module: Any = self._builder.Transdiff(**constructor_arguments(model))
         self.module.to(device).eval()
 
     @property
@@ -160,3 +175,21 @@ class ReleasedModel:
             mock.patch.object(self._builder, "randn_tensor", return_value=pack_latents(noise, 1)),
         ):
             return self.sample(labels, num_steps)
+
+    def loss(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The released training loss of latents `(B, N, C, s, s)`, N images a group, and labels `(B,)`.
+
+        In training mode the released code drops labels by itself; noise and timesteps it draws in every mode.
+        """
+        with self._adapted(), torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16):
+            return self.module(*latents.unbind(1), labels)
+
+    def loss_with_draws(
+        self, latents: torch.Tensor, labels: torch.Tensor, normal: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """`loss` with recorded draws: normal numbers `(N, B * m)` for the timesteps, noise `(N, B * m, C, s, s)`."""
+        rows, times = iter(pack_latents(noise.flatten(0, 1), 1)), iter(normal.double().numpy())
+        decoder = vars(self._modules["diffdecoder"])
+        recorded = TorchWith(bfloat16=self.dtype, randn_like=lambda _: next(rows)[None])
+        with mock.patch.dict(decoder, torch=recorded, norm=SimpleNamespace(rvs=lambda **_: next(times))):
+            return self.loss(latents, labels)

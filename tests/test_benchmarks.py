@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import seeded, tiny_pipeline
 
-from benchmarks import few_steps, growth, peers, precision, sampling
+from benchmarks import few_steps, growth, peers, precision, sampling, training
 from benchmarks.known_flows import (
     MEAN,
     STD,
@@ -22,7 +22,7 @@ from benchmarks.known_flows import (
 from benchmarks.machine import CallClock, PeakMemory
 from benchmarks.operations import Operations, count_flops, limit_arithmetic
 from benchmarks.peers import OurPipeline, Setting, recorded_step_noise
-from benchmarks.reference import import_released
+from benchmarks.reference import constructor_arguments, import_released
 from benchmarks.report import markdown_table, significant
 from benchmarks.samplers import EULER_MARUYAMA, FIXED_GRID, HEUN_ODE, SDE_1, SDE_2, time_grids
 from transdiff_pipelines import FlowMatchEulerMaruyamaScheduler
@@ -230,7 +230,7 @@ def tiny_models(monkeypatch):
     models = {
         name: replace(published_model(name), size=size, num_classes=3) for name in ("transdiff_b", "transdiff_b_mrar")
     }
-    for module in (sampling, growth):
+    for module in (sampling, growth, training):
         monkeypatch.setattr(module, "published_model", models.__getitem__)
     monkeypatch.setattr(peers, "vae_of_published_size", lambda: tiny_vae_of_16_channels())
     return models
@@ -282,6 +282,32 @@ class TestCommands:
         axis = json.loads((tmp_path / "growth.json").read_text())["axes"][0]
         assert [point["value"] for point in axis["points"]] == [1, 2]
         assert growth.slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+
+    def test_training(self, tiny_models, tmp_path):
+        run = tmp_path / "metrics.jsonl"
+        lines = [{"images_per_second": speed, "outside_fraction": 0.25, "data_fraction": 0.0} for speed in (1, 3, 9)]
+        run.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        training.main([
+            "--models", *tiny_models, "--batch-size", "1", "--rounds", "2",
+            "--metrics", str(run), "--output", str(tmp_path / "run"),
+        ])  # fmt: skip
+        result = json.loads((tmp_path / "run.json").read_text())
+        assert [(setting["part"], setting["images"]) for setting in result["settings"]] == [
+            ("steps", 1), ("losses", 1), ("steps", 4), ("losses", 4),
+        ]  # fmt: skip
+        for setting in result["settings"][1::2]:
+            once, tiled, packed = setting["rows"]
+            assert tiled["ratio_flops"] > 1
+            assert packed["ratio_flops"] >= 1 == once["ratio_flops"]
+            assert len(once["seconds"]) == 2
+        assert "3 images a second; outside the passes 25.0%" in (tmp_path / "run.md").read_text()
+
+    def test_the_released_code_gets_the_published_sizes(self):
+        arguments = constructor_arguments(published_model("transdiff_b_mrar"))
+        assert (arguments["encoder_depth"], arguments["decoder_depth"], arguments["encoder_num_heads"]) == (12, 12, 12)
+        uneven = replace(published_model("transdiff_b"), size=replace(SIZES["B"], encoder_layers=3))
+        with pytest.raises(ValueError, match="3 encoder blocks; the released code has two"):
+            constructor_arguments(uneven)
 
     def test_each_axis_of_growth_grows_what_it_says(self):
         base = Setting(published_model("transdiff_b"), 1, 4, torch.float32, False, CPU)

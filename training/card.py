@@ -1,4 +1,4 @@
-"""The model card of a finished run, with its loss curve and samples beside it."""
+"""The card of a finished run: of a pipeline, with its loss curve and samples beside it, or of LoRA adapters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transdiff_pipelines import TransDiffPipeline
-from transdiff_pipelines.model_card import CARD_NAME, training_card
+from transdiff_pipelines.model_card import CARD_NAME, adapter_card, training_card
 
 from .config import TrainConfig, to_dict
 
@@ -19,12 +19,23 @@ def write_card(
     data: str,
     metrics: Sequence[Mapping[str, float]],
 ) -> None:
-    """README.md in the pipeline's folder, from what the run left in `config.output`.
+    """README.md in the folder of a run's result, from what the run left in `config.output`.
 
     Args:
+        pipeline: the result; of a LoRA run the pipeline that is adapted.
         data: the run's line on its data, beginning with "data: ".
         metrics: the lines of metrics.jsonl.
     """
+    name, sentence = Path(config.output).name, f"Trained on {data.removeprefix('data: ')}."
+    if config.lora.rank is None:
+        text = training_card(pipeline, name, to_dict(config), sentence, metrics, copy_pictures(config, folder))
+    else:
+        text = adapter_card(pipeline, name, str(config.model.start_from), to_dict(config), sentence, metrics)
+    (folder / CARD_NAME).write_text(text, encoding="utf-8")
+
+
+def copy_pictures(config: TrainConfig, folder: Path) -> dict[str, str]:
+    """Put the last preview and the loss curve into `folder`; returns their names by caption."""
     output = Path(config.output)
     previews = sorted(output.glob("previews/step-*.png"))
     found = {"Samples": ("samples.png", previews[-1:]), "Loss": ("loss.png", list(output.glob("loss.png")))}
@@ -33,6 +44,4 @@ def write_card(
         if sources:
             shutil.copyfile(sources[0], folder / name)
             pictures[caption] = name
-    sentence = f"Trained on {data.removeprefix('data: ')}."
-    text = training_card(pipeline, output.name, to_dict(config), sentence, metrics, pictures)
-    (folder / CARD_NAME).write_text(text, encoding="utf-8")
+    return pictures

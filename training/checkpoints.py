@@ -72,6 +72,7 @@ FREE_ON_RESUME = (
     "optimizer.global_batch_size",
     "gradient_checkpointing",
     "compile",
+    "sharding",
 )
 
 
@@ -139,14 +140,14 @@ def resume_from(accelerator: Accelerator, candidates: list[Path], load: Callable
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output: Path, progress: dict[str, Any], save_main: Callable[[Path], None], keep: int
+    accelerator: Accelerator, output: Path, progress: dict[str, Any], save_weights: Callable[[Path], None], keep: int
 ) -> Path:
     """Write the checkpoint of `progress["step"]`, then delete all but the latest `keep`.
 
     Args:
         accelerator: holds the prepared model and optimiser; all processes call this together.
         progress: what progress.json will hold.
-        save_main: writes what the main process alone writes (pipeline, EMA) into a folder.
+        save_weights: called by all processes, writes weights, averages and pipeline into a folder on the main one.
         keep: how many checkpoints stay.
 
     Raises:
@@ -161,8 +162,8 @@ def save_checkpoint(
     problem = None
     try:
         accelerator.save_state(str(partial / "state"))
+        save_weights(partial)
         if accelerator.is_main_process:
-            save_main(partial)
             write_json(partial / "progress.json", progress)
     except WRITE_ERRORS as error:
         problem = error

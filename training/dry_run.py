@@ -75,17 +75,22 @@ def schedule(trainer: Trainer) -> list[str]:
     ]
 
 
-def memory(trainer: Trainer, activations: int) -> str:
-    """A line on the bytes that one process needs, by their use."""
+def state_bytes(trainer: Trainer) -> dict[str, int]:
+    """The bytes of the whole model in training, by their use; activations come on top."""
     values = list(trainer.module.parameters())
     trained = sum(value.numel() for value in values if value.requires_grad)
-    uses = {
+    return {
         "weights": 4 * sum(value.numel() for value in values),
         "gradients": 4 * trained,
         "optimiser": OPTIMIZER_BYTES[trainer.config.optimizer.kind] * trained,
         "EMA": 4 * trained,
-        "activations": activations,
     }
+
+
+def memory(trainer: Trainer, activations: int) -> str:
+    """A line on the bytes that one process needs, by their use."""
+    processes = trainer.accelerator.num_processes if trainer.empty is not None else 1
+    uses = {use: size // processes for use, size in state_bytes(trainer).items()} | {"activations": activations}
     shown = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in uses.items())
     return (
         f"memory, estimated: {sum(uses.values()) / 2**30:.3g} GiB per process ({shown}); dropout's masks, kernels' "
@@ -117,11 +122,11 @@ def measure(trainer: Trainer, batch: dict[str, Tensor]) -> tuple[int, int]:
 @contextmanager
 def shapes_only(trainer: Trainer) -> Iterator[nn.Module]:
     """The run's model in evaluation mode, and all that is computed in the `with` block, without numbers."""
-    original = trainer.module
+    original, device = trainer.empty or trainer.module, trainer.accelerator.device
     with FakeTensorMode(allow_non_fake_inputs=True):
-        shapes: dict[int, Any] = {id(value): torch.empty_like(value) for value in original.buffers()}
+        shapes: dict[int, Any] = {id(value): torch.empty_like(value, device=device) for value in original.buffers()}
         for value in original.parameters():
-            shapes[id(value)] = nn.Parameter(torch.empty_like(value), value.requires_grad)
+            shapes[id(value)] = nn.Parameter(torch.empty_like(value, device=device), value.requires_grad)
         module = copy.deepcopy(original, shapes)
         for name in ("forward", "_original_forward"):  # accelerate's wrapper, which would call the original
             module.__dict__.pop(name, None)

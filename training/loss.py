@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transdiff_pipelines import TransDiffTransformer2DModel
+
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -34,13 +36,18 @@ def tile(tensor: Tensor, times: int) -> Tensor:
 
 
 def prefix_losses(
-    encoder: nn.Module, transformer: nn.Module, latents: Tensor, labels: Tensor, timesteps: Tensor, noise: Tensor
+    encoder: nn.Module,
+    transformer: TransDiffTransformer2DModel,
+    latents: Tensor,
+    labels: Tensor,
+    timesteps: Tensor,
+    noise: Tensor,
 ) -> Tensor:
     """Mean squared velocity error of each image given the images before it.
 
     Args:
         encoder: labels `(B,)` and reference latents `(B, N - 1, C, s, s)` -> condition `(B, S, D)`, N groups of S / N.
-        transformer: noisy latents, timestep and condition -> velocity.
+        transformer: noisy latents, timestep and condition, projected once for all images and times -> velocity.
         latents: `(B, N, C, s, s)` clean latents in scaled units, N different images of one class each.
         labels: `(B,)` class indices; the null class where the label is dropped.
         timesteps: `(N, B * m)` integers in [0, 1000), ordered as the batch tiled m times.
@@ -55,8 +62,9 @@ def prefix_losses(
     batch, num_images = latents.shape[:2]
     times = check_shapes(latents, timesteps, noise)
     references = latents[:, :-1] if num_images > 1 else None
-    condition = tile(encoder(labels, references).condition, times)
+    condition = encoder(labels, references).condition
     tokens_per_image = condition.shape[1] // num_images
+    projected = transformer.project_condition(condition)
     losses = []
     for image in range(num_images):
         clean = tile(latents[:, image], times)
@@ -64,14 +72,20 @@ def prefix_losses(
         sigma = (timesteps[image].to(clean.dtype) / NUM_TRAIN_TIMESTEPS).view(-1, 1, 1, 1)
         noisy = (1 - sigma) * clean + sigma * noise[image]
         # Eq. 12: attention is block-causal, so the condition of image i is a prefix of the whole one.
-        prefix = condition[:, : (image + 1) * tokens_per_image]
+        seen = (image + 1) * tokens_per_image
+        prefix = [(key[:, :seen], value[:, :seen]) for key, value in projected]
         velocity = transformer(noisy, timesteps[image], prefix).sample
         losses.append(F.mse_loss(velocity.float(), (noise[image] - clean).float()))
     return torch.stack(losses)
 
 
 def velocity_loss(
-    encoder: nn.Module, transformer: nn.Module, latents: Tensor, labels: Tensor, timesteps: Tensor, noise: Tensor
+    encoder: nn.Module,
+    transformer: TransDiffTransformer2DModel,
+    latents: Tensor,
+    labels: Tensor,
+    timesteps: Tensor,
+    noise: Tensor,
 ) -> Tensor:
     """The training loss: the mean of `prefix_losses` (same arguments); 1-step is the case N = 1."""
     return prefix_losses(encoder, transformer, latents, labels, timesteps, noise).mean()

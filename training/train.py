@@ -7,9 +7,11 @@ function of the step, this makes the step number the only position there is, and
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,59 +32,39 @@ from .checkpoints import (
     resume_from,
     save_checkpoint,
 )
-from .config import ConfigError, ScheduleConfig, TrainConfig, accumulation_steps, config_or_exit, to_dict
+from .config import ConfigError, TrainConfig, accumulation_steps, config_or_exit, to_dict
 from .data import GroupBatches, batch_loader, keyed_generator
 from .dry_run import describe
 from .ema import WeightAverage
 from .latent_cache import CacheError, LatentCache, load_vae, module_fingerprint
 from .lora import save_adapters
 from .metrics import MetricsLog, Stopwatch, Window, save_preview
-from .models import build_model, build_optimizer, build_pipeline
+from .models import TrainingModel, build_model, build_optimizer, build_pipeline
 from .publish import PublishError, check_repository, publish
+from .schedule import LearningRate
+from .sharding import empty_copy, gather, keep_optimizer_files_whole, local, shard, sliced_like, whole
 from .trackers import check_trackers, log_image, start_trackers
 from .validation import Validation, held_out_images
+
+
+MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
 
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on: too many bad steps in a row."""
 
 
-class LearningRate:
-    """The learning rate of each optimiser step: linear warm-up, then constant or a cosine to zero.
-
-    Args:
-        peak: the rate after the warm-up.
-        schedule: lengths in steps or epochs.
-        steps_per_epoch: optimiser steps in an epoch, not necessarily whole.
-    """
-
-    def __init__(self, peak: float, schedule: ScheduleConfig, steps_per_epoch: float) -> None:
-        self.peak = peak
-        self.decay = schedule.decay
-        self.total_steps = schedule.steps or max(1, round((schedule.epochs or 0) * steps_per_epoch))
-        self.warmup_steps = schedule.warmup_steps or round((schedule.warmup_epochs or 0) * steps_per_epoch)
-
-    def at(self, step: int) -> float:
-        """The rate of optimiser step `step`, counted from 0."""
-        if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
-        if self.decay == "constant":
-            return self.peak
-        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return self.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
 def check_distribution(distributed_type: DistributedType) -> None:
-    """Refuse ways of splitting the weights over processes that checkpoints here do not know.
+    """Refuse launchers that split the weights over processes in ways that checkpoints here do not know.
 
     Raises:
-        ConfigError: for FSDP, DeepSpeed and Megatron.
+        ConfigError: for accelerate's FSDP, DeepSpeed and Megatron.
     """
-    sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if distributed_type in sharded:
+    splitting = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if distributed_type in splitting:
         raise ConfigError(
-            f"training under {distributed_type.value} is not supported: every process keeps the whole model here. "
-            "Launch with --multi_gpu; if memory is short, try gradient_checkpointing or a smaller data.batch_size"
+            f"the launcher asks for {distributed_type.value}, which is not supported. Launch with --multi_gpu, and "
+            "set sharding=fsdp2 to split weights, gradients, optimiser and EMA over the processes"
         )
 
 
@@ -119,9 +101,7 @@ class Trainer:
         self.rate = LearningRate(self._peak_rate(), config.schedule, self.steps_per_epoch)
         self.say(*notes, self._describe_data())
 
-        optimizer = build_optimizer(module, config.optimizer)
-        self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
-        self.module = self.accelerator.unwrap_model(self.model)
+        self._prepare(module)
         if config.compile != "no":
             for network in (self.module.condition_encoder, self.module.transformer):
                 network.compile_repeated_blocks(backend=config.compile)
@@ -136,6 +116,24 @@ class Trainer:
             self.say(f"resumed at step {self.step} of {self.rate.total_steps}")
 
     # --- building ---
+
+    def _prepare(self, module: TrainingModel) -> None:
+        """Put model and optimiser where they belong: whole on every process, or split over all of them.
+
+        `empty` is a copy without numbers of a model that is split, to be filled where it is needed whole.
+        """
+        self.empty: TrainingModel | None = None
+        if self.config.sharding == "fsdp2" and self.accelerator.num_processes > 1:
+            self.empty = empty_copy(module)
+            shard(module, self.accelerator.device, self.accelerator.num_processes)
+            optimizer = build_optimizer(module, self.config.optimizer)
+            keep_optimizer_files_whole(optimizer)
+            self.model: Any = module
+            self.optimizer = self.accelerator.prepare(optimizer)
+        else:
+            optimizer = build_optimizer(module, self.config.optimizer)
+            self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
+        self.module: TrainingModel = self.accelerator.unwrap_model(self.model)
 
     def _batches(self) -> GroupBatches:
         data, loss = self.config.data, self.config.loss
@@ -235,13 +233,15 @@ class Trainer:
         for batch in micro_batches:
             batch = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             with self.accelerator.accumulate(self.model), self.watch.timing("passes"):
-                losses = self.model(**batch)
+                with self.accelerator.autocast():
+                    losses = self.model(**batch)
                 self.accelerator.backward(losses.mean())
                 total = total + losses.detach() / len(micro_batches)
                 if self.accelerator.sync_gradients:
-                    grad_norm = self.accelerator.clip_grad_norm_(
+                    norm = self.accelerator.clip_grad_norm_(
                         self.model.parameters(), self.config.optimizer.max_grad_norm
                     )
+                    grad_norm = whole(norm)
         losses = self.accelerator.reduce(total, reduction="mean")
         self._update(losses, float(grad_norm))
         return losses, float(grad_norm)
@@ -305,18 +305,22 @@ class Trainer:
 
     def preview(self) -> None:
         """previews/step-N.png from the averaged weights, step-N-raw.png from the raw ones, and loss.png."""
+        self._save_preview("raw", "-raw")
+        with self.ema.applied():
+            self._save_preview("ema", "")
         if self.accelerator.is_main_process:
-            self._save_preview("raw", "-raw")
-            with self.ema.applied():
-                self._save_preview("ema", "")
             self.metrics.plot(self.validations)
         self.accelerator.wait_for_everyone()
 
     def _save_preview(self, weights: str, suffix: str) -> None:
         path = self.output / "previews" / f"step-{self.step:08d}{suffix}.png"
-        self.module.eval()
-        grid = save_preview(self.pipeline(), self.config.preview, self.config.seed, path)
-        self.module.train()
+        networks = self.whole_networks()
+        if not self.accelerator.is_main_process:
+            return
+        training = networks.training
+        networks.eval()
+        grid = save_preview(self.pipeline(networks), self.config.preview, self.config.seed, path)
+        networks.train(training)
         log_image(self.accelerator, f"samples_{weights}", grid, self.step)
 
     def validate(self, validation: Validation) -> None:
@@ -329,10 +333,24 @@ class Trainer:
         self.accelerator.log(values, step=self.step)
         self.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
-    def pipeline(self) -> Any:
-        """The pipeline around the networks as they are now."""
+    def whole_networks(self, averaged: bool = False) -> TrainingModel:
+        """The networks themselves, or, of split weights, a copy with all of them on the main process, raw or averaged;
+        on the others it has no numbers. All processes call this together.
+        """
+        if self.empty is None:
+            return self.module
+        with self.ema.applied() if averaged else nullcontext():
+            state = gather(self.module.state_dict(), keep=self.accelerator.is_main_process)
+        if not state:
+            return self.empty
+        networks = copy.deepcopy(self.empty)
+        networks.load_state_dict(state, assign=True)
+        return networks.to(self.accelerator.device)
+
+    def pipeline(self, networks: TrainingModel) -> Any:
+        """The pipeline around whole networks."""
         self.vae.to(self.accelerator.device)
-        return build_pipeline(self.module, self.vae, self.config.sampling, self.module.classes)
+        return build_pipeline(networks, self.vae, self.config.sampling, networks.classes)
 
     def save(self) -> Path:
         """Write a checkpoint; all processes call this together."""
@@ -343,36 +361,40 @@ class Trainer:
             "config": to_dict(self.config),
         }
         keep = self.config.checkpoints.keep
-        return save_checkpoint(self.accelerator, self.output, progress, self._save_main, keep)
+        return save_checkpoint(self.accelerator, self.output, progress, self._save_weights, keep)
 
-    def _save_main(self, folder: Path) -> None:
-        state = {name: value.contiguous() for name, value in self._raw_weights().items()}
-        save_file(state, folder / "state" / "model.safetensors")
-        self.ema.save(folder / "state" / "ema.safetensors")
-        self._export(folder)
+    def _save_weights(self, folder: Path) -> None:
+        """All processes gather; then the main one writes, and may fail without leaving the others waiting."""
+        main = self.accelerator.is_main_process
+        raw, averaged = gather(self._raw_weights(), keep=main), gather(self.ema.tensors(), keep=main)
+        networks = self.whole_networks(averaged=True)
+        if main:
+            save_file({name: value.contiguous() for name, value in raw.items()}, folder / "state" / MODEL_FILE)
+            self.ema.save(folder / "state" / EMA_FILE, averaged)
+            self._export(networks, folder)
 
     def _raw_weights(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps of the weights: all, or with LoRA the adapters alone."""
         state = self.module.state_dict()
         return state if self.config.lora.rank is None else {name: state[name] for name in self.ema.names}
 
-    def _export(self, folder: Path) -> Path:
+    def _export(self, networks: TrainingModel, folder: Path) -> Path:
         """The averaged weights for users: `folder`/pipeline, or with LoRA `folder`/lora; returns which."""
         with self.ema.applied():
             if self.config.lora.rank is None:
-                self.pipeline().save_pretrained(folder / "pipeline")
+                self.pipeline(networks).save_pretrained(folder / "pipeline")
                 return folder / "pipeline"
-            save_adapters(self.module, folder / "lora")
+            save_adapters(networks, folder / "lora")
             return folder / "lora"
 
     def _load(self, checkpoint: Path) -> None:
         progress = read_progress(checkpoint, self.config, self.groups_per_step)
         try:
-            raw = load_file(checkpoint / "state" / "model.safetensors")
+            raw = load_file(checkpoint / "state" / MODEL_FILE)
             self.accelerator.load_state(str(checkpoint / "state"))
-            self.ema.load(checkpoint / "state" / "ema.safetensors")
+            self.ema.load(checkpoint / "state" / EMA_FILE)
             for name, value in self._raw_weights().items():
-                value.copy_(raw[name])
+                local(value).copy_(local(sliced_like(raw[name], value)))
         except READ_ERRORS as error:
             raise BrokenCheckpointError(f"{checkpoint} cannot be read ({error})") from error
         self.step, self.skipped = progress["step"], progress["skipped"]
@@ -380,21 +402,24 @@ class Trainer:
     def _finish(self) -> Path:
         """Put the averaged weights at OUTPUT/pipeline, or OUTPUT/lora, replacing an older one as a whole."""
         final = self.output / ("pipeline" if self.config.lora.rank is None else "lora")
+        networks = self.whole_networks(averaged=True)
         if self.accelerator.is_main_process:
-            partial = self.output / ".final.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            self.metrics.plot(self.validations)
-            exported = self._export(partial)
-            if self.config.lora.rank is None:
-                write_card(exported, self.pipeline(), self.config, self._describe_data(), self.metrics.read())
-            shutil.rmtree(final, ignore_errors=True)
-            exported.rename(final)
-            partial.rmdir()
+            self._write_final(networks, final)
         self.accelerator.wait_for_everyone()
         self.say(f"finished: {final}")
         if self.config.push_to_hub is not None and self.accelerator.is_main_process:
             self.say(f"pushed to {publish(final, self.config.push_to_hub)}")
         return final
+
+    def _write_final(self, networks: TrainingModel, final: Path) -> None:
+        partial = self.output / ".final.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        self.metrics.plot(self.validations)
+        exported = self._export(networks, partial)
+        write_card(exported, self.pipeline(networks), self.config, self._describe_data(), self.metrics.read())
+        shutil.rmtree(final, ignore_errors=True)
+        exported.rename(final)
+        partial.rmdir()
 
 
 def main() -> None:

@@ -157,6 +157,33 @@ def training_card(
     return _card(_metadata(), name, *_facts(pipeline), usage, *training, _limits(limits))
 
 
+def adapter_card(
+    pipeline: Any, name: str, base: str, config: Mapping[str, Any], data: str, metrics: Sequence[Mapping[str, float]]
+) -> str:
+    """The card of LoRA adapters that were just trained.
+
+    Args:
+        pipeline: the pipeline that they adapt.
+        name: what the adapters are called.
+        base: its folder or Hub repository.
+        config, data, metrics: as of `training_card`.
+    """
+    code = (
+        "from transdiff_pipelines import TransDiffPipeline\n\n"
+        f'pipe = TransDiffPipeline.from_pretrained("{base}")\n'
+        'pipe.load_lora_weights("FOLDER")\n'
+        f"image = pipe({_shown(_example_label(pipeline))}).images[0]"
+    )
+    usage = f"## Usage\n\n```python\n{code}\n```\n\nFOLDER is the one this card is in, or the Hub repository."
+    settings = f"Configuration:\n\n```yaml\n{yaml_dump(dict(config), sort_keys=False).strip()}\n```"
+    origin = f"LoRA adapters for the TransDiff pipeline `{base}`, whose weights they leave as they are."
+    limits = ["They know the classes and the resolution of that pipeline, and nothing else."]
+    metadata = _metadata(tags=["lora"], base_model=base)
+    return _card(
+        metadata, name, origin, usage, f"## Training\n\n{data}", _loss_table(metrics), settings, _limits(limits)
+    )
+
+
 def all_cards(digits: Path) -> dict[str, str]:
     """File name to text of every card that the command writes; `digits` is the bundled model's folder."""
     cards = {f"{model.folder}.md": published_card(model) for model in PUBLISHED.values()}
@@ -199,14 +226,18 @@ def _sizes(config: Mapping[str, Any]) -> str:
     return f"{config['num_layers']} layers, width {heads * config['attention_head_dim']}, {heads} heads"
 
 
+def _shown(label: int | str) -> str:
+    """A label as Python source."""
+    return str(label) if isinstance(label, int) else f'"{label}"'
+
+
 def _usage(
     source: str, label: int | str, extra_import: str = "", convert: str | None = None, with_code: bool = False
 ) -> str:
-    shown = label if isinstance(label, int) else f'"{label}"'
     code = (
         f"from transdiff_pipelines import {extra_import}TransDiffPipeline\n\n"
         f"pipe = TransDiffPipeline.from_pretrained({source})\n"
-        f"image = pipe({shown}).images[0]"
+        f"image = pipe({_shown(label)}).images[0]"
     )
     text = "## Usage\n\n"
     if convert:

@@ -74,8 +74,9 @@ def logged_steps(config: TrainConfig) -> int:
     return file.read_text(encoding="utf-8").count("\n") if file.exists() else 0
 
 
-def check_kills(make_config, num_kills: int, steps: int) -> None:
+def check_kills(make_config, num_kills: int, steps: int, workers: int) -> None:
     options = {
+        "data.workers": workers,
         "model.patch_size": 2,
         "model.dropout": 0.2,
         "schedule.steps": steps,
@@ -98,13 +99,19 @@ def check_kills(make_config, num_kills: int, steps: int) -> None:
 
 @pytest.mark.timeout(1200)  # six short runs: seconds, but minutes where many share the processor
 def test_three_kills_at_random_moments_change_no_bit(make_config) -> None:
-    check_kills(make_config, 3, 14)
+    check_kills(make_config, 3, 14, workers=0)
+
+
+@pytest.mark.timeout(1200)
+def test_a_kill_with_a_process_that_prepares_batches_changes_no_bit(make_config) -> None:
+    check_kills(make_config, 1, 8, workers=1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_ten_kills_at_random_moments_change_no_bit(make_config) -> None:
-    check_kills(make_config, 10, 60)
+@pytest.mark.parametrize(("num_kills", "steps", "workers"), [(7, 42, 0), (3, 18, 1)])
+def test_ten_kills_at_random_moments_change_no_bit(make_config, num_kills: int, steps: int, workers: int) -> None:
+    check_kills(make_config, num_kills, steps, workers)
 
 
 def test_a_kill_while_a_checkpoint_is_written(make_config) -> None:
@@ -158,14 +165,14 @@ def test_half_a_progress_file_and_a_missing_one_are_broken_too(trained) -> None:
 def test_a_full_disk_costs_a_checkpoint_not_the_run(make_config, monkeypatch, capsys) -> None:
     config = make_config(**{"schedule.steps": 6, "checkpoints.every": 2, "checkpoints.keep": 9})
     trainer = Trainer(config)
-    save_main, full = trainer._save_main, {4}
+    save_weights, full = trainer._save_weights, {4}
 
     def fill(folder: Path) -> None:
-        save_main(folder)
+        save_weights(folder)
         if trainer.step in full:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(trainer, "_save_main", fill)
+    monkeypatch.setattr(trainer, "_save_weights", fill)
     trainer.run()
     assert names(config) == ["step-00000002", "step-00000006"]
     assert "No space left on device" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.training import tiled_losses
 from training.loss import drop_labels, logit_normal_timesteps, prefix_losses, tile, truncate_timesteps, velocity_loss
 from transdiff_pipelines import ARConditionEncoder, TransDiffTransformer2DModel
 
@@ -38,6 +39,18 @@ def test_m_tiles_are_the_mean_of_m_single_losses(patch_size: int) -> None:
     torch.testing.assert_close(velocity_loss(*models, **batch), torch.stack(singles).mean())
 
 
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_a_condition_projected_once_gives_the_losses_and_gradients_of_tiled_ones(patch_size: int) -> None:
+    models, batch = networks(patch_size), inputs(patch_size**2)
+    results = []
+    for losses_of in (prefix_losses, tiled_losses):
+        losses = losses_of(*models, **batch)
+        trained = [value for model in models for value in model.parameters()]
+        gradients = torch.autograd.grad(losses.mean(), trained, allow_unused=patch_size == 1)
+        results.append((losses, [gradient for gradient in gradients if gradient is not None]))
+    torch.testing.assert_close(*results)
+
+
 @torch.no_grad()
 def test_later_images_do_not_change_the_losses_of_earlier_ones() -> None:
     models, batch = networks(2), inputs(4)
@@ -70,15 +83,16 @@ def test_the_loss_is_the_squared_distance_to_noise_minus_image() -> None:
 def test_the_decoder_sees_the_truncated_time_and_its_mixture() -> None:
     seen = {}
 
-    class Spy(torch.nn.Module):
+    class Spy(TransDiffTransformer2DModel):
         def forward(self, hidden_states, timestep, encoder_hidden_states):
             seen.update(noisy=hidden_states, timestep=timestep)
-            return decoder(hidden_states, timestep, encoder_hidden_states)
+            return super().forward(hidden_states, timestep, encoder_hidden_states)
 
     encoder, decoder = networks(1)
+    decoder.__class__ = Spy
     batch = inputs(1, times=1)
     batch["timesteps"] = torch.tensor([[0, 250, 999]])
-    velocity_loss(encoder, Spy(), **batch)
+    velocity_loss(encoder, decoder, **batch)
     clean, noise = batch["latents"][:, 0], batch["noise"][0]
     sigma = torch.tensor([0, 0.25, 0.999]).view(3, 1, 1, 1)
     torch.testing.assert_close(seen["noisy"], (1 - sigma) * clean + sigma * noise)

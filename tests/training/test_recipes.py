@@ -12,6 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny import seeded, tiny_encoder, tiny_pipeline, tiny_transformer
 
@@ -108,6 +109,11 @@ def same(module: torch.nn.Module, other: torch.nn.Module) -> set[str]:
     """Names of the tensors that are equal in both."""
     state = other.state_dict()
     return {name for name, value in module.state_dict().items() if name in state and value.equal(state[name])}
+
+
+def test_own_images_from_scratch(small) -> None:
+    trainer = train(small("own_images"))
+    assert final_pipeline(trainer)("10", num_inference_steps=2).images[0].size == (16, 16)
 
 
 # --- the published runs ---
@@ -236,7 +242,11 @@ def test_lora_saves_adapters_alone_and_the_pipeline_reads_them(small, base: Path
     state = checkpoint_folders(trainer.output)[-1] / "state"
     for file in ("model", "ema"):
         assert all("lora_" in name for name in load_file(state / f"{file}.safetensors"))
-    (adapter,) = trainer.output.glob("lora/*")
+    (adapter,) = trainer.output.glob("lora/*.safetensors")
+    card = ModelCard.load(trainer.output / "lora" / "README.md")
+    assert (card.data.base_model, card.data.library_name) == (str(base), "diffusers")
+    assert "lora" in card.data.tags
+    assert 'pipe.load_lora_weights("FOLDER")' in card.text
     assert {name.split(".")[0] for name in load_file(adapter)} == (
         {"transformer"} if frozen != "[]" else {"transformer", "condition_encoder"}
     )
@@ -245,7 +255,7 @@ def test_lora_saves_adapters_alone_and_the_pipeline_reads_them(small, base: Path
     before = latents(pipeline)
     pipeline.load_lora_weights(adapter.parent)
     with trainer.ema.applied():
-        trained = latents(trainer.pipeline())
+        trained = latents(trainer.pipeline(trainer.module))
     assert torch.equal(latents(pipeline), trained)
     assert not torch.allclose(before, trained)
 

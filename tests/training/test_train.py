@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from training.checkpoints import CheckpointError, checkpoint_folders, find_checkpoints
 from training.config import ConfigError, ScheduleConfig, TrainConfig, to_dict
 from training.models import parameter_groups
-from training.train import LearningRate, Trainer, TrainingStopped, check_distribution
+from training.schedule import LearningRate
+from training.train import Trainer, TrainingStopped, check_distribution
 from transdiff_pipelines import TransDiffPipeline
 
 
@@ -198,10 +199,10 @@ def test_8_bit_adamw_is_built_or_says_what_to_install(make_config) -> None:
         assert type(Trainer(make_config(**{"optimizer.kind": "8bit"})).optimizer.optimizer).__name__ == "AdamW8bit"
 
 
-def test_sharded_weights_are_refused_before_anything_is_lost() -> None:
+def test_launchers_that_split_the_weights_are_refused_before_anything_is_lost() -> None:
     for good in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         check_distribution(good)
-    with pytest.raises(ConfigError, match="FSDP is not supported.*--multi_gpu"):
+    with pytest.raises(ConfigError, match="FSDP, which is not supported.*--multi_gpu.*sharding=fsdp2"):
         check_distribution(DistributedType.FSDP)
 
 
@@ -211,14 +212,14 @@ def test_sharded_weights_are_refused_before_anything_is_lost() -> None:
 def test_a_kill_in_the_middle_of_a_save_leaves_the_previous_checkpoint(make_config, monkeypatch) -> None:
     config = make_config(**{"schedule.steps": 4})
     trainer = Trainer(config)
-    save_main = trainer._save_main
+    save_weights = trainer._save_weights
 
     def die_late(folder: Path) -> None:
-        save_main(folder)
+        save_weights(folder)
         if trainer.step == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "_save_main", die_late)
+    monkeypatch.setattr(trainer, "_save_weights", die_late)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert [path.name for path in checkpoint_folders(Path(config.output))] == ["step-00000002"]

@@ -37,6 +37,8 @@ class TransDiffAttnProcessor:
         query, key, value = attn.project(hidden_states, encoder_hidden_states)
         if cache is not None:
             key, value = cache.extend(key, value)
+        if len(key) != len(query):  # keys and values computed once for a batch that is tiled
+            key, value = (states.repeat(len(query) // len(states), 1, 1) for states in (key, value))
         query, key, value = (states.unflatten(-1, (-1, attn.head_dim)) for states in (query, key, value))
         hidden_states = dispatch_attention_fn(
             query,
@@ -122,7 +124,8 @@ class TransDiffAttention(nn.Module, AttentionModuleMixin):
         """Attend from `(B, S, D)` to `encoder_hidden_states` `(B, T, ·)`, or to itself.
 
         Args:
-            encoder_hidden_states: the tokens attended to, or their keys and values from `project_key_value`.
+            encoder_hidden_states: the tokens attended to, or their keys and values from `project_key_value`. Of B / k
+                rows they serve a batch that is k copies of a smaller one, one after the other.
             attention_mask: boolean, broadcastable to `(B, H, S, T)`, True where a query may look.
             cache: keys and values of tokens before these, which self-attention sees too; extended by these.
         """

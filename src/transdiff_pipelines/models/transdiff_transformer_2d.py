@@ -147,7 +147,8 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
     ) -> list[KeyValue]:
         """Cross-attention keys and values of every block, `(B, M, D)` each, of condition tokens `(B, M, ·)`.
 
-        They depend on the condition alone: computed once, they serve every denoising step in place of the tokens.
+        They depend on the condition alone: computed once, they serve every denoising step in place of the tokens, and
+        in training every timestep: k latents may share a condition, in a batch of B conditions tiled k times.
         """
         with lora_scale(self, attention_kwargs):
             condition = self.condition_projection(encoder_hidden_states)

@@ -1,0 +1,351 @@
+"""A training step, ours beside the released code's, with the same weights; and ways to compute MRAR's losses.
+
+    python -m benchmarks.training --reference ../TransDiff --models transdiff_b transdiff_b_mrar --output training
+
+A step is forward, backward, clipping, AdamW and EMA, with the published dropout. `--metrics` adds what a finished run
+wrote about its speed.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from training.config import OptimizerConfig
+from training.dry_run import CPU_ATTENTION
+from training.ema import WeightAverage
+from training.loss import logit_normal_timesteps, tile
+from training.models import TrainingModel, build_optimizer
+from transdiff_pipelines import ARConditionEncoder, TransDiffTransformer2DModel
+from transdiff_pipelines.loaders.original_checkpoint import load_original_components
+from transdiff_pipelines.presets import PublishedModel, published_model
+
+from .machine import CallClock, describe
+from .peers import random_components
+from .reference import ReleasedModel
+from .report import command_line, markdown_table, significant, write_json, write_text
+
+
+DIFFUSION_BATCH_MUL = {1: 4, 4: 2}
+"""Timesteps for each latent, by the images of a sequence, as published."""
+
+Losses = Callable[..., Tensor]
+
+
+class Draws:
+    """The random numbers of one step: B groups of N images, m timesteps and noises for each latent."""
+
+    def __init__(self, model: PublishedModel, batch_size: int, device: torch.device, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        images, side = model.num_images, model.latent_size
+        rows = batch_size * DIFFUSION_BATCH_MUL[images]
+        self.latents = torch.randn(batch_size, images, 16, side, side, generator=generator).to(device)
+        self.labels = torch.randint(model.num_classes, (batch_size,), generator=generator).to(device)
+        self.normal = torch.randn(images, rows, generator=generator)
+        self.noise = torch.randn(images, rows, 16, side, side, generator=generator).to(device)
+
+    def batch(self) -> dict[str, Tensor]:
+        """The arguments of `TrainingModel`."""
+        timesteps = logit_normal_timesteps(self.normal).to(self.noise.device)
+        return {"latents": self.latents, "labels": self.labels, "timesteps": timesteps, "noise": self.noise}
+
+
+class OurStep:
+    """Our training step on a module, with the optimiser and the EMA that the training loop builds."""
+
+    def __init__(self, module: TrainingModel):
+        self.module, self.network = module.train(), module.transformer
+        self.config = OptimizerConfig()
+        self.optimizer = build_optimizer(module, self.config)
+        self.average = WeightAverage(module, decay=0.9999)
+
+    def __call__(self, draws: Draws) -> None:
+        batch = draws.batch() | {"noise": torch.randn_like(draws.noise)}  # the released step draws within too
+        self.module(**batch).mean().backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update()
+
+
+class ReleasedStep:
+    """The released code's step: its loss, and around it what its engine does, with the same settings."""
+
+    def __init__(self, model: ReleasedModel):
+        self.model, self.network = model, model.network
+        model.module.train()
+        self.config = config = OptimizerConfig()
+        self.parameters = list(model.module.parameters())
+        betas = (config.beta1, config.beta2)
+        self.optimizer = torch.optim.AdamW(self.parameters, config.learning_rate, betas, weight_decay=0.0)
+        self.averages = [value.detach().clone() for value in self.parameters]
+
+    def __call__(self, draws: Draws) -> None:
+        self.model.loss(draws.latents, draws.labels).backward()
+        nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for average, value in zip(self.averages, self.parameters, strict=True):  # one by one, as theirs
+                average.mul_(0.9999).add_(value, alpha=1e-4)
+
+
+def tiled_losses(
+    encoder: ARConditionEncoder,
+    transformer: TransDiffTransformer2DModel,
+    latents: Tensor,
+    labels: Tensor,
+    timesteps: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """`prefix_losses` the plain way: the tiled condition, projected for each image and each timestep anew."""
+    batch, num_images = latents.shape[:2]
+    times = timesteps.shape[1] // batch
+    condition = tile(encoder(labels, latents[:, :-1] if num_images > 1 else None).condition, times)
+    losses = []
+    for image in range(num_images):
+        noisy, target = noisy_and_target(latents[:, image], timesteps[image], noise[image])
+        prefix = condition[:, : (image + 1) * condition.shape[1] // num_images]
+        losses.append(F.mse_loss(transformer(noisy, timesteps[image], prefix).sample, target))
+    return torch.stack(losses)
+
+
+def packed_losses(
+    encoder: ARConditionEncoder,
+    transformer: TransDiffTransformer2DModel,
+    latents: Tensor,
+    labels: Tensor,
+    timesteps: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """One decoder batch for all images of a sequence, with the whole condition and without the mask that would hide
+    the later part: not the loss, but no packed batch that computes it can take less time.
+    """
+    references = latents[:, :-1] if latents.shape[1] > 1 else None
+    projected = transformer.project_condition(encoder(labels, references).condition)
+    noisy, target = noisy_and_target(
+        latents.transpose(0, 1).flatten(0, 1), timesteps.flatten(), noise.flatten(0, 1), timesteps.shape[0]
+    )
+    velocity = transformer(noisy, timesteps.flatten(), projected).sample
+    return (velocity - target).square().flatten(1).mean(1).view(timesteps.shape).mean(1)
+
+
+def noisy_and_target(clean: Tensor, timesteps: Tensor, noise: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """Noisy latents and velocities of `groups` batches of clean latents, each tiled as its timesteps ask."""
+    times = len(timesteps) // len(clean)
+    clean = torch.cat([tile(part, times) for part in clean.chunk(groups)])
+    sigma = (timesteps / 1000).view(-1, 1, 1, 1)
+    return (1 - sigma) * clean + sigma * noise, noise - clean
+
+
+def same_weights(checkout: Path, model: PublishedModel, device: torch.device) -> tuple[TrainingModel, ReleasedModel]:
+    """Ours and the released model with the same random weights, in evaluation mode, through our converter."""
+    torch.manual_seed(0)
+    released = ReleasedModel(checkout, model, device, torch.float32)
+    released.randomize(seed=0)
+    released.module.diffusion_batch_mul = DIFFUSION_BATCH_MUL[model.num_images]
+    with tempfile.TemporaryDirectory(prefix="transdiff-benchmark-") as folder:
+        path = Path(folder, "checkpoint-last.pth")
+        released.save(path)
+        parts = load_original_components(path, AutoencoderKL(), model.size.num_attention_heads)
+    return training_model(parts["condition_encoder"], parts["transformer"], model).to(device), released
+
+
+def training_model(
+    encoder: ARConditionEncoder, transformer: TransDiffTransformer2DModel, model: PublishedModel
+) -> TrainingModel:
+    """As the training loop has it: the projection that nothing reads in a 1-step model is frozen."""
+    module = TrainingModel(encoder, transformer, [str(number) for number in range(model.num_classes)])
+    module.condition_encoder.reference_projection.requires_grad_(model.num_images > 1)
+    return module.eval()
+
+
+@torch.no_grad()
+def loss_difference(ours: TrainingModel, released: ReleasedModel, draws: Draws) -> dict[str, float]:
+    """Both losses with the same draws and without dropout."""
+    loss = float(ours(**draws.batch()).mean())
+    theirs = float(released.loss_with_draws(draws.latents, draws.labels, draws.normal, draws.noise))
+    return {"ours": loss, "released": theirs, "relative_difference": abs(loss - theirs) / abs(theirs)}
+
+
+def count(call: Callable[[], Any]) -> int:
+    """FLOPs of a call with its backward pass."""
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def take_turns(calls: Mapping[str, Callable[[], Any]], network: nn.Module, rounds: int) -> dict[str, dict[str, Any]]:
+    """Seconds and FLOPs of each call: a first round that is counted and not timed, then rounds in turns."""
+    results: dict[str, dict[str, Any]] = {
+        name: {"flops": count(call), "seconds": [], "cpu_seconds": []} for name, call in calls.items()
+    }
+    for number in range(rounds):
+        for name in sorted(calls, reverse=number % 2 == 1):
+            clock = CallClock(next(network.parameters()).device, network)
+            clock.time(calls[name])
+            results[name]["seconds"].append(clock.total)
+            results[name]["cpu_seconds"].append(clock.cpu)
+    return results
+
+
+def compare(results: dict[str, dict[str, Any]], ours: str) -> list[dict[str, Any]]:
+    """A row for each call: medians, and the others over ours pair by pair (more than 1: ours is faster)."""
+    rows = []
+    for name, result in results.items():
+        row: dict[str, Any] = {"name": name, **result, "ratio_flops": result["flops"] / results[ours]["flops"]}
+        for measure in ("seconds", "cpu_seconds"):
+            pairs = zip(result[measure], results[ours][measure], strict=True)
+            ratios = [theirs / mine for theirs, mine in pairs]
+            row[f"median_{measure}"] = statistics.median(result[measure])
+            row[f"ratio_{measure}"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+        rows.append(row)
+    return rows
+
+
+def steps_side_by_side(model: PublishedModel, options: argparse.Namespace) -> dict[str, Any]:
+    """Our step and, with a checkout, the released one."""
+    device = torch.device(options.device)
+    draws = Draws(model, options.batch_size, device)
+    steps: dict[str, OurStep | ReleasedStep] = {}
+    check = None
+    if options.reference is None:
+        steps["ours"] = OurStep(training_model(*random_components(model), model).to(device))
+    else:
+        module, released = same_weights(options.reference, model, device)
+        check = loss_difference(module, released, draws)
+        print(f"{model.folder}: loss {check}", flush=True)
+        steps |= {"ours": OurStep(module), "released": ReleasedStep(released)}
+    calls = {name: partial(step, draws) for name, step in steps.items()}
+    results = take_turns(calls, steps["ours"].network, options.rounds)
+    return {"loss": check, "rows": compare(results, "ours")}
+
+
+def loss_variants(model: PublishedModel, options: argparse.Namespace) -> dict[str, Any]:
+    """Forward and backward of three ways to compute the losses of a sequence."""
+    device = torch.device(options.device)
+    encoder, transformer = (part.to(device).train() for part in random_components(model))
+    batch = Draws(model, options.batch_size, device).batch()
+    module = training_model(encoder, transformer, model).train()
+
+    def passes(losses: Losses) -> None:
+        losses().mean().backward()
+        module.zero_grad()
+
+    variants: dict[str, Losses] = {
+        "projected once": lambda: module(**batch),
+        "projected for each image and timestep": lambda: tiled_losses(encoder, transformer, **batch),
+        "one packed batch (bound)": lambda: packed_losses(encoder, transformer, **batch),
+    }
+    calls = {name: partial(passes, losses) for name, losses in variants.items()}
+    results = take_turns(calls, transformer, options.rounds)
+    return {"rows": compare(results, "projected once")}
+
+
+def run_speed(path: Path) -> dict[str, float]:
+    """Medians over a run's metrics.jsonl: images a second, and the shares spent outside the passes and on data."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    names = ("images_per_second", "outside_fraction", "data_fraction")
+    return {name: statistics.median(line[name] for line in lines) for name in names} | {"lines": len(lines)}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables of a run with what it takes to understand them."""
+    machine = result["machine"]
+    header = [
+        "model", "step", "images", "s (median)", "processor s", "images a processor second", "TFLOP",
+        "over ours: time", "processor time", "FLOPs",
+    ]  # fmt: skip
+    rows = []
+    for setting in result["settings"]:
+        for row in setting["rows"]:
+            rows.append([
+                setting["model"], row["name"], setting["images"], significant(row["median_seconds"]),
+                significant(row["median_cpu_seconds"]), significant(setting["images"] / row["median_cpu_seconds"]),
+                significant(row["flops"] / 1e12), ratio(row["ratio_seconds"]), ratio(row["ratio_cpu_seconds"]),
+                f"{row['ratio_flops']:.3f}",
+            ])  # fmt: skip
+    parts = [
+        f"`{result['command']}`",
+        f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, torch {machine['torch']}, "
+        f"{machine['date']}; load average at the start {machine['load_average'][0]:.1f}.",
+        markdown_table(header, rows),
+    ]
+    for setting in result["settings"]:
+        if setting.get("loss"):
+            loss = setting["loss"]
+            parts.append(
+                f"{setting['model']}, the same weights, noise and timesteps without dropout: loss {loss['ours']:.6f}, "
+                f"released {loss['released']:.6f}, relative difference {loss['relative_difference']:.1e}."
+            )
+    if result["run"]:
+        run = result["run"]
+        parts.append(
+            f"A run's metrics.jsonl, medians of {run['lines']} lines: {run['images_per_second']:.3g} images a second; "
+            f"outside the passes {run['outside_fraction']:.1%} of the time, for data {run['data_fraction']:.1%}."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def ratio(values: dict[str, float]) -> str:
+    return f"{values['median']:.3f} ({values['min']:.3f}-{values['max']:.3f})"
+
+
+def cut(model: PublishedModel, decoder_layers: int | None) -> PublishedModel:
+    """The model with fewer decoder blocks, and twice as many in the encoder."""
+    layers = decoder_layers or model.size.decoder_layers
+    return replace(model, size=replace(model.size, decoder_layers=layers, encoder_layers=2 * layers))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["transdiff_b", "transdiff_b_mrar"])
+    parser.add_argument("--parts", nargs="+", choices=["steps", "losses"], default=["steps", "losses"])
+    parser.add_argument("--reference", type=Path, help="checkout of the released code, to compare with")
+    parser.add_argument("--decoder-layers", type=int, help="fewer blocks than it has; the encoder has twice as many")
+    parser.add_argument("--batch-size", type=int, default=2, help="groups a step; a 1-step group is one image")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
+    parser.add_argument("--metrics", type=Path, help="metrics.jsonl of a run, whose speed is reported too")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="processor threads; all by default")
+    parser.add_argument("--output", type=Path, required=True, help="results go to OUTPUT.json and .md")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line entry point."""
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    result: dict[str, Any] = {
+        "command": command_line("benchmarks.training"),
+        "machine": describe(torch.device(options.device)),
+        "run": run_speed(options.metrics) if options.metrics else None,
+        "settings": [],
+    }
+    measures = {"steps": steps_side_by_side, "losses": loss_variants}
+    for name, part in itertools.product(options.models, options.parts):
+        model = cut(published_model(name), options.decoder_layers)
+        images = options.batch_size * model.num_images
+        shown = f"{name}, {model.size.decoder_layers} decoder blocks"
+        result["settings"].append({"model": shown, "part": part, "images": images, **measures[part](model, options)})
+        write_json(options.output.with_suffix(".json"), result)
+        write_text(options.output.with_suffix(".md"), markdown(result))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Weights split over two processes that really communicate: the same run, the same files."""
+
+import multiprocessing
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from test_train import final_tensors, losses, train
+
+from training.checkpoints import checkpoint_folders
+from training.config import ConfigError, TrainConfig, load_config, to_dict
+from training.train import Trainer
+
+
+OPTIONS = {
+    "model.dropout": 0.0,
+    "model.patch_size": 2,
+    "schedule.steps": 4,
+    "optimizer.max_grad_norm": 0.05,  # reached, so that clipping shows
+    "optimizer.gradient_accumulation": 2,
+    "validation.fraction": 0.2,
+    "preview.every": 4,
+    "preview.labels": [0],
+    "preview.rows": 1,
+    "preview.num_inference_steps": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state()
+
+
+def run_rank(file: str, rank: int, port: int) -> None:
+    """What torchrun would start: one of two processes on CPUs."""
+    addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= addresses
+    torch.set_num_threads(1)
+    Trainer(load_config([f"--config={file}"])).run()
+
+
+def run_split(config: TrainConfig) -> None:
+    """The run in two new processes, each with a share of the weights."""
+    file = Path(config.output).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.train"])
+    processes = [context.Process(target=run_rank, args=(str(file), rank, port)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def assert_close(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+    """Equal up to rounding, but for keys' biases: softmax cancels them, and AdamW enlarges what rounding leaves."""
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        if not name.endswith("to_k.bias"):
+            torch.testing.assert_close(
+                found[name], value, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: name + text
+            )
+
+
+def pipeline_tensors(output: str) -> dict[str, torch.Tensor]:
+    files = Path(output, "pipeline").glob("*/diffusion_pytorch_model.safetensors")
+    return {f"{file.parent.name}.{name}": value for file in files for name, value in load_file(file).items()}
+
+
+def weights_and_averages(output: str) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in final_tensors(output).items() if "exp_avg" not in name}
+
+
+@pytest.mark.timeout(900)  # two short runs: seconds, but minutes where many share the processor
+def test_two_processes_with_half_of_the_weights_each_make_the_run_of_one(make_config) -> None:
+    one = make_config("one", **OPTIONS)
+    train(one)
+    options = OPTIONS | {"data.batch_size": 2, "sharding": "fsdp2", "gradient_checkpointing": True}
+    two = make_config("two", **options)
+    run_split(two)
+    assert losses(two.output) == pytest.approx(losses(one.output), rel=1e-4)
+    assert_close(pipeline_tensors(one.output), pipeline_tensors(two.output))
+    states = weights_and_averages(one.output), weights_and_averages(two.output)
+    assert_close(*states)
+    validations = [Path(config.output, "validation.jsonl").read_text().splitlines() for config in (one, two)]
+    assert len(validations[0]) == len(validations[1]) == 1
+    assert (Path(two.output) / "previews/step-00000004.png").exists()
+
+    # resumed: in two processes the same to the bit, and in one process what two have written
+    again = make_config("again", **options)
+    shutil.copytree(two.output, again.output)
+    shutil.rmtree(checkpoint_folders(Path(again.output))[-1])
+    run_split(again)
+    expected, found = final_tensors(two.output), final_tensors(again.output)
+    assert expected.keys() == final_tensors(one.output).keys()  # the optimiser's too
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    shutil.rmtree(checkpoint_folders(Path(again.output))[-1])
+    alone = Trainer(make_config("again", **OPTIONS))
+    assert alone.step == 2
+    alone.run()
+    assert_close(states[0], weights_and_averages(again.output))
+
+
+def test_what_does_not_go_with_sharding_is_refused(make_config) -> None:
+    with pytest.raises(ConfigError, match="sharding=fsdp2 does not work with mixed_precision=fp16"):
+        make_config(sharding="fsdp2", mixed_precision="fp16")
+    assert Trainer(make_config(sharding="fsdp2")).empty is None  # one process has nothing to share

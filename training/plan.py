@@ -1,0 +1,167 @@
+"""What a run will need: `python -m training.plan --config FILE [--key=value ...]`.
+
+Speed and memory are measured on the device at hand with a few steps for each batch size; rows for more processes are
+computed from them and say so. Nothing is kept: the steps run in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import ConfigError, TrainConfig, config_or_exit
+from .data import GroupBatches
+from .dry_run import state_bytes
+from .latent_cache import CacheError
+from .metrics import PeakMemory
+from .train import Trainer
+
+
+STEPS = 3
+HEADER = "| processes | sharding | batch per process | images a second | GiB per process | schedule, hours | |"
+
+
+@dataclass
+class Measured:
+    """A batch size on this machine. `working` are the bytes of a step beside weights, optimiser and EMA: gradients,
+    activations, buffers; None where they cannot be measured.
+    """
+
+    batch_size: int
+    images_per_second: float
+    working: int | None
+
+
+@dataclass
+class Plan:
+    """What is known of a run: bytes of the whole state by use, of the two largest blocks, and the images it draws."""
+
+    state: dict[str, int]
+    blocks: int
+    images: int
+
+    def row(self, measured: Measured, processes: int, sharding: str) -> str:
+        """A line of the table; all but one unsharded process is extrapolated."""
+        speed = measured.images_per_second * processes
+        size = self.memory(measured, processes, sharding)
+        cells = [
+            processes, sharding, measured.batch_size, f"{speed:.3g}", "" if size is None else f"{size / 2**30:.3g}",
+            f"{self.images / speed / 3600:.3g}", "measured" if processes == 1 else "extrapolated",
+        ]  # fmt: skip
+        return f"| {' | '.join(map(str, cells))} |"
+
+    def memory(self, measured: Measured, processes: int, sharding: str) -> int | None:
+        """Bytes per process: DDP keeps the gradients twice (its buckets); FSDP2 splits the state and gathers a block
+        while the one before it runs.
+        """
+        if measured.working is None:
+            return None
+        kept = sum(size for use, size in self.state.items() if use != "gradients")
+        gradients = self.state["gradients"]
+        if processes == 1:
+            return kept + measured.working
+        if sharding == "no":
+            return kept + measured.working + gradients
+        return (kept + gradients) // processes + measured.working - gradients + self.blocks
+
+
+def block_bytes(module: nn.Module) -> int:
+    """Bytes of the two largest blocks in float32."""
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
+    blocks = [block for part in lists for block in part if hasattr(block, "ff")]
+    sizes = sorted(4 * sum(value.numel() for value in block.parameters()) for block in blocks)
+    return sum(sizes[-2:])
+
+
+def measure(trainer: Trainer, batch_size: int, steps: int) -> Measured | None:
+    """Time and memory of whole training steps of one batch, after one that is not counted; None: out of memory."""
+    config = trainer.config
+    batches = GroupBatches(
+        trainer.cache,
+        group_size=trainer.batches.group_size,
+        batch_size=batch_size,
+        diffusion_batch_mul=config.loss.diffusion_batch_mul,
+        label_dropout=config.loss.label_dropout,
+        seed=config.seed,
+    )
+    try:
+        trainer.train_step([batches[0]])
+        with PeakMemory(trainer.accelerator.device) as peak:
+            start = trainer.watch.now()
+            for index in range(1, steps + 1):
+                trainer.train_step([batches[index]])
+            seconds = trainer.watch.now() - start
+    except torch.OutOfMemoryError:
+        trainer.optimizer.zero_grad()
+        return None
+    return Measured(batch_size, steps * batch_size * batches.group_size / seconds, peak.bytes)
+
+
+def plan(config: TrainConfig, batch_sizes: Sequence[int], processes: Sequence[int], steps: int = STEPS) -> str:
+    """The table for a configuration, in Markdown.
+
+    Raises:
+        ConfigError: if several processes were launched.
+    """
+    with tempfile.TemporaryDirectory(prefix="training-plan-") as folder:
+        settings: dict[str, Any] = {
+            "output": folder,
+            "resume": "never",
+            "trackers": [],
+            "push_to_hub": None,
+            "sharding": "no",
+        }
+        trainer = Trainer(dataclasses.replace(config, **settings))
+    if trainer.accelerator.num_processes > 1:
+        raise ConfigError("training.plan measures one process: start it with python, without a launcher")
+    images = trainer.rate.total_steps * trainer.groups_per_step * trainer.batches.group_size
+    trainer.accelerator.gradient_accumulation_steps = 1
+    trainer.model.train()
+    known = Plan(state_bytes(trainer), block_bytes(trainer.module), images)
+    lines = [HEADER, "|---" * 7 + "|"]
+    for batch_size in batch_sizes:
+        measured = measure(trainer, batch_size, steps)
+        if measured is None:
+            lines.append(f"| 1 | no | {batch_size} | | out of memory | | measured |")
+            continue
+        lines.append(known.row(measured, 1, "no"))
+        lines += [known.row(measured, count, kind) for count in processes for kind in ("no", "fsdp2") if count > 1]
+    device = trainer.accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    return "\n".join([
+        *lines,
+        "",
+        f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}. Measured over {steps} steps, data and "
+        "optimiser included, previews and checkpoints not. Extrapolated: speed in proportion to the processes, an "
+        "upper bound; memory by formula.",
+    ])  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument(
+        "--batch-sizes", type=int, nargs="+", help="groups per process; by default three, around data.batch_size"
+    )
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 8, 64], help="rows to extrapolate to")
+    options, rest = parser.parse_known_args(arguments)
+    config = config_or_exit("training.plan", rest)
+    size = config.data.batch_size
+    try:
+        print(plan(config, options.batch_sizes or sorted({max(1, size // 2), size, 2 * size}), options.processes))
+    except (ConfigError, CacheError) as error:
+        print(f"training.plan: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
