@@ -183,7 +183,7 @@ def _architecture(
 ) -> str:
     latent = f"{transformer['sample_size']}×{transformer['sample_size']}"
     rows = [
-        ("images in a sequence", encoder["patch_size"] ** 2),
+        ("images in a sequence", len(encoder.get("scales") or ()) or encoder["patch_size"] ** 2),
         ("image", f"{resolution}×{resolution} pixels, latents {latent} with {transformer['in_channels']} channels"),
         ("classes", f"{encoder['num_classes']:,}"),
         ("autoregressive transformer", _sizes(encoder)),
