@@ -149,6 +149,12 @@ class TestCommands:
         strip = np.asarray(Image.open(tmp_path / "fusion_strip.png"))
         assert strip.shape[:2] == (2 * 8 + 2, 3 * 8 + 4)
 
+    def test_fused_digits_are_told_apart(self):
+        """Of the squares off the diagonal; 0 is neither a row's nor a column's class."""
+        labels = np.array([[3, 3], [3, 6], [0, 3], [6, 6]])
+        shares = fusion.recognised_shares([(3, 3), (3, 6), (6, 3), (6, 6)], labels)
+        assert shares == {"row": 0.25, "column": 0.5, "other": 0.25}
+
     def test_variations_of_pictures(self, run, tmp_path):
         files = [tmp_path / "a.png", tmp_path / "b.png"]
         for index, file in enumerate(files):

@@ -47,7 +47,7 @@ def command_line(name: str, options: argparse.Namespace) -> list[str]:
     if name in COMPARED:
         line += ["--models", f"1-step={options.one_step}", f"MRAR={options.mrar}", *options.models]
     if name.startswith("fusion"):
-        line += ["--classes", *options.classes]
+        line += ["--classes", *options.classes, "--digits", options.data]
     if name == "sampler":
         line += ["--num-images", str(options.num_images), "--batch-size", "250", "--extractor", "pixels"]
         line += ["--reference", f"{options.data}/test", "--reference-cache", str(options.output / "cache")]

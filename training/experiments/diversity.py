@@ -5,9 +5,9 @@
 
 measures the models given, or the checkpoints that a training run has kept: the cosine similarity between the condition
 tokens of an image, as its root mean square (the paper's measure: smaller is more diverse) and as its mean. The tokens
-are taken before the second position embedding. With MRAR they are those of the last image, whose references are generated.
-With `--digits` or `--reference` the quality stands beside it, with Spearman's rank correlation of the two over the
-models. Writes diversity.json and diversity.png.
+are taken before the second position embedding. With MRAR they are those of the last image, whose references are
+generated. With `--digits` or `--reference` the quality stands beside it, with Spearman's rank correlation of the two
+over the models. Writes diversity.json and diversity.png.
 """
 
 import argparse
