@@ -102,6 +102,17 @@ class TestDiversity:
         orders = [np.argsort([row[key] for row in result["rows"]]) for key in ("rms_similarity", "fid")]
         assert (result["rank_correlation"]["value"] == pytest.approx(1)) == (orders[0] == orders[1]).all()
 
+    def test_models_measured_earlier_are_not_measured_again(self, run, models, monkeypatch):
+        command = (diversity, "diversity", None, "--models", f"a={models / 'one_step'}")
+        first = run(*command)
+        measured = []
+        measure = diversity.measure_model
+        monkeypatch.setattr(diversity, "measure_model", lambda *given: measured.append(given) or measure(*given))
+        again = run(*command, f"b={models / 'scales'}")
+        assert again["rows"][0] == first["rows"][0]
+        run(*command, "--seed", "1")
+        assert [name for _, name in measured] == ["b", "a"]
+
     def test_what_is_no_model_is_said_at_once(self, run, tmp_path):
         with pytest.raises(SystemExit, match="'mrar': expected NAME=FOLDER"):
             run(diversity, "diversity", None, "--models", "mrar")
@@ -228,6 +239,15 @@ class TestAllOnDigits:
         written = (tmp_path / "results.md").read_text()
         assert "| ar steps | frechet |\n| --- | --- |\n| 1 | 0.1235 |" in written
         assert "![Quality against AR steps](ar_steps/ar_steps.png)" in written
+
+    @pytest.mark.parametrize("name", digits.COMPARED)
+    def test_further_models_join_the_comparisons(self, options, monkeypatch, name):
+        lines = []
+        entry = digits.EXPERIMENTS[name]
+        monkeypatch.setitem(digits.EXPERIMENTS, name, (entry[0], lines.append, *entry[2:]))
+        digits.main([*options, "--only", name, "--models", "p4=d", "scales=e"])
+        first = lines[0].index("--models")
+        assert lines[0][first + 1 : first + 5] == ["1-step=a", "MRAR=b", "p4=d", "scales=e"]
 
     def test_the_search_is_one_that_the_evaluation_understands(self, options, monkeypatch):
         entry = digits.EXPERIMENTS["sampler"]

@@ -11,6 +11,7 @@ over the models. Writes diversity.json and diversity.png.
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,18 @@ def measure_model(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def measure_models(options: argparse.Namespace, models: dict[str, str]) -> list[dict[str, Any]]:
-    """A row for each model, from its name and folder."""
+    """A row for each model, from its name and folder; one measured earlier with the same options is taken as it is."""
+    shared = ("seed", "num_images", "num_inference_steps", "guidance_scale", "digits", "reference", "extractor")
     rows = []
     for name, folder in models.items():
-        rows.append(measure_model(argparse.Namespace(**{**vars(options), "model": folder}), name))
+        made_with = {"model": folder, **{option: getattr(options, option) for option in shared}}
+        file = options.output / "models" / f"{name}.json"
+        earlier = json.loads(file.read_text()) if file.exists() else {}
+        if earlier.get("made_with") != made_with:
+            row = measure_model(argparse.Namespace(**{**vars(options), "model": folder}), name)
+            earlier = {"made_with": made_with, "row": row}
+            write(file.parent, name, earlier)
+        rows.append(earlier["row"])
         print(rows[-1])
     return rows
 
