@@ -7,7 +7,7 @@ measures the models given, or the checkpoints that a training run has kept: the 
 tokens of an image, as its root mean square (the paper's measure: smaller is more diverse) and as its mean. The tokens
 are taken before the second position embedding. With MRAR they are those of the last image, whose references are
 generated. With `--digits` or `--reference` the quality stands beside it, with Spearman's rank correlation of the two
-over the models. Writes diversity.json and diversity.png.
+over the models, if there are five or more. Writes diversity.json and diversity.png.
 """
 
 import argparse
@@ -35,6 +35,9 @@ from training.experiments.common import (
     write,
 )
 from transdiff_pipelines import TransDiffPipeline
+
+
+FEWEST_RANKED = 5  # models; the rank correlation of fewer says nothing
 
 
 def token_similarity(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quality = "frechet" if options.digits else "fid"
     rows = measure_models(options, models)
     result: dict[str, Any] = {"num_images": options.num_images, "rows": rows}
-    if len(rows) > 2 and all(quality in row for row in rows):
+    if len(rows) >= FEWEST_RANKED and all(quality in row for row in rows):
         correlation = spearmanr([row["rms_similarity"] for row in rows], [row[quality] for row in rows])
         result["rank_correlation"] = {"value": float(correlation.statistic), "p_value": float(correlation.pvalue)}
         print(result["rank_correlation"])
