@@ -38,19 +38,20 @@ def reference_sampler(pipe, labels, guidance):
     return images[-1]
 
 
-@pytest.mark.parametrize("patch_size", [1, 2, 4])
+@pytest.mark.parametrize(("patch_size", "scales"), [(1, None), (2, None), (4, None), (1, [1, 2, 3])])
 @torch.no_grad()
-def test_the_pipeline_equals_the_uncached_sampler(patch_size):
-    pipe = tiny_pipeline(patch_size)
+def test_the_pipeline_equals_the_uncached_sampler(patch_size, scales):
+    pipe = tiny_pipeline(condition_encoder=tiny_encoder(patch_size, scales=scales))
     labels = [0, 3, 0]
     expected = reference_sampler(pipe, labels, 1.6)
     result = latents_of(pipe, labels, guidance_scale=1.6)
     assert (result - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def test_a_sequence_encoded_group_by_group():
-    encoder = tiny_encoder(2)
-    references = torch.randn(2, 3, CHANNELS, SIDE, SIDE, generator=seeded())
+@pytest.mark.parametrize("groups", [{"patch_size": 2}, {"patch_size": 1, "scales": [1, 2, 3]}])
+def test_a_sequence_encoded_group_by_group(groups):
+    encoder = tiny_encoder(**groups)
+    references = torch.randn(2, encoder.num_images - 1, CHANNELS, SIDE, SIDE, generator=seeded())
     whole = encoder(LABELS, references)
     for cut in (1, 2):
         cache = encoder.new_cache()
@@ -103,7 +104,7 @@ def test_the_work_is_counted(patch_size):
     assert calls["key"] == calls["value"] == num_images * blocks
     assert calls["query"] == num_images * blocks * STEPS
     assert time_rows == [1] * num_images * STEPS
-    group = pipe.condition_encoder.tokens_per_image
+    group = pipe.condition_encoder.group_sizes[0]
     class_tokens = pipe.condition_encoder.config.num_class_tokens
     assert encoder_tokens == [class_tokens + group] + [group] * (num_images - 1)
     prefixes = [class_tokens + group * (i + 1) for i in range(num_images)]

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from tiny import tiny_pipeline
 
 from training.digits import quality
-from transdiff_pipelines import DIGITS, model_card
+from transdiff_pipelines import DIGITS, model_card, write_cards
 from transdiff_pipelines.data import imagenet_id2label
 from transdiff_pipelines.loaders import save_converted
 from transdiff_pipelines.presets import PUBLISHED
@@ -32,17 +32,17 @@ def read(name: str) -> ModelCard:
 
 
 def test_the_cards_are_current() -> None:
-    model_card.main(["--output", str(FOLDER), "--check"])
+    write_cards.main(["--output", str(FOLDER), "--check"])
 
 
 def test_the_check_names_what_is_not_current(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model_card.main(["--output", str(tmp_path)])
-    model_card.main(["--output", str(tmp_path), "--check"])
+    write_cards.main(["--output", str(tmp_path)])
+    write_cards.main(["--output", str(tmp_path), "--check"])
     (tmp_path / "transdiff_b.md").write_text("changed", encoding="utf-8")
     (tmp_path / "transdiff_h.md").unlink()
     (tmp_path / "another.md").write_text("", encoding="utf-8")
     with pytest.raises(SystemExit):
-        model_card.main(["--output", str(tmp_path), "--check"])
+        write_cards.main(["--output", str(tmp_path), "--check"])
     assert "another.md, transdiff_b.md, transdiff_h.md" in capsys.readouterr().err
 
 

@@ -57,7 +57,7 @@ class TestConditionEncoder:
         encoder = tiny_encoder(2)
         given = references(3).requires_grad_()
         condition = encoder(LABELS, given).condition
-        group = encoder.tokens_per_image
+        group = encoder.group_sizes[0]
         for i in range(4):
             (gradient,) = torch.autograd.grad(
                 condition[:, i * group : (i + 1) * group].sum(), given, retain_graph=True
@@ -104,6 +104,46 @@ class TestConditionEncoder:
     def test_patch_size_must_divide(self):
         with pytest.raises(ValueError, match="patch_size 3 does not divide sample_size 4"):
             ARConditionEncoder(sample_size=4, patch_size=3, num_layers=1)
+
+    def test_scales_make_groups_of_growing_size(self):
+        """The group of image i is image i - 1 averaged down; detail that the average loses does not come in."""
+        encoder = tiny_encoder(1, scales=[1, 2, 3])
+        assert (encoder.num_images, encoder.group_sizes) == (3, (1, 4, 9))
+        given = references(2)
+        whole = encoder(LABELS, given).condition
+        assert whole.shape == (2, 14, WIDTH)
+        torch.testing.assert_close(encoder(LABELS, given[:, :1]).condition, whole[:, :5], rtol=1e-4, atol=1e-5)
+        checkers = (-1.0) ** torch.arange(4)
+        detailed = given + torch.tensor([1.0, 0]).view(2, 1, 1, 1) * checkers[:, None] * checkers
+        torch.testing.assert_close(encoder(LABELS, detailed).condition, whole, rtol=1e-4, atol=1e-5)
+        detailed = given + torch.tensor([0, 1.0]).view(2, 1, 1, 1)
+        changed = (encoder(LABELS, detailed).condition - whole).abs().amax(dim=(0, 2)) > 1e-3
+        assert changed.tolist() == [False] * 5 + [True] * 9
+
+    def test_scales_survive_saving(self, tmp_path):
+        encoder = tiny_encoder(1, scales=[1, 3])
+        encoder.save_pretrained(tmp_path)
+        again = ARConditionEncoder.from_pretrained(tmp_path)
+        assert again.group_sizes == (1, 9)
+        assert torch.equal(again(LABELS, references(1)).condition, encoder(LABELS, references(1)).condition)
+
+    @pytest.mark.parametrize(
+        ("scales", "patch_size", "words"),
+        [
+            ([2, 2], 1, "growing sides"),
+            ([2], 1, "two or more"),
+            ([0, 2], 1, "growing sides"),
+            ([2, 4], 1, "make 20 tokens, but a sequence has 16"),
+            ([1, 2], 2, "set patch_size 1"),
+        ],
+    )
+    def test_wrong_scales(self, scales, patch_size, words):
+        with pytest.raises(ValueError, match=words):
+            tiny_encoder(patch_size, scales=scales)
+
+    def test_too_many_references_for_the_scales(self):
+        with pytest.raises(ValueError, match=r"2 reference images do not fit.*scales \[1, 2\]\) takes at most 1"):
+            tiny_encoder(1, scales=[1, 2])(LABELS, references(2))
 
     def test_tuple_output(self):
         encoder = tiny_encoder(2)

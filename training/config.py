@@ -35,6 +35,11 @@ class ModelConfig:
     )
     preset: str | None = option(None, "published sizes: B, L or H; the sizes below must then stay unset")
     patch_size: int = option(1, "AR patch p: p*p images of one class in a sequence; 1 is the 1-step model, 2 MRAR")
+    scales: list[int] | None = option(
+        None,
+        "scale-level AR in place of MRAR: growing sides, in tokens, of the groups that show the same image; their "
+        "squares sum to at most the latent's positions. patch_size is then 1",
+    )
     encoder_layers: int | None = option(None, "blocks of the AR condition encoder")
     decoder_layers: int | None = option(None, "blocks of the diffusion decoder")
     num_attention_heads: int | None = option(None, "heads in both networks")
@@ -57,6 +62,11 @@ class ModelConfig:
         missing = [name for name, value in self.sizes().items() if value is None]
         complete = self.preset or self.start_from or not missing
         require(bool(complete), f"model needs {', '.join(missing)} (or preset, or start_from)")
+
+    @property
+    def images_in_sequence(self) -> int:
+        """N: 1 for the 1-step model."""
+        return len(self.scales) if self.scales is not None else self.patch_size**2
 
     def sizes(self) -> dict[str, int | None]:
         names = ("encoder_layers", "decoder_layers", "num_attention_heads", "attention_head_dim", "num_class_tokens")

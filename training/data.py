@@ -7,7 +7,8 @@ in order. So the position in the data *is* the step, a batch may run over the en
 Every draw of a group (posterior sample, mirror, timesteps, noise, label drop) comes from a generator keyed on (seed,
 epoch, slot). One process and two therefore see the same numbers, and so does a run that was resumed.
 
-Shapes: B groups, N images per group, m the diffusion batch multiplier, C channels, s latent side.
+Shapes: B groups, N images per group (different ones of a class, or N times the same), m the diffusion batch
+multiplier, C channels, s latent side.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class GroupBatches(Dataset[Batch]):
     Args:
         cache: the latents.
         group_size: N; 1 for 1-step models.
+        same_image: whether the N images of a group are one and the same, as for scale-level models.
         batch_size: B, groups per process and batch.
         diffusion_batch_mul: m.
         label_dropout: probability that a group's label becomes the null class.
@@ -89,14 +91,16 @@ class GroupBatches(Dataset[Batch]):
         groups_per_epoch: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        same_image: bool = False,
     ) -> None:
         self.cache = cache
         self.group_size = group_size
+        self.num_distinct = 1 if same_image else group_size
         self.batch_size = batch_size
         self.diffusion_batch_mul = diffusion_batch_mul
         self.label_dropout = label_dropout
         self.seed = seed
-        self.groups_per_epoch = groups_per_epoch or count_groups(cache.labels, group_size)
+        self.groups_per_epoch = groups_per_epoch or count_groups(cache.labels, self.num_distinct)
         self.rank = rank
         self.global_batch_size = batch_size * world_size
         self._groups: dict[int, np.ndarray] = {}
@@ -104,7 +108,7 @@ class GroupBatches(Dataset[Batch]):
     def epoch_groups(self, epoch: int) -> np.ndarray:
         """The groups of an epoch; those of the epoch before stay, for a batch that lies across the border."""
         if epoch not in self._groups:
-            groups = draw_groups(self.cache.labels, self.group_size, self.seed, epoch, self.groups_per_epoch)
+            groups = draw_groups(self.cache.labels, self.num_distinct, self.seed, epoch, self.groups_per_epoch)
             self._groups = {key: value for key, value in self._groups.items() if key == epoch - 1} | {epoch: groups}
         return self._groups[epoch]
 
@@ -118,6 +122,7 @@ class GroupBatches(Dataset[Batch]):
         labels = drop_labels(stacked["label"], stacked["drop"] < self.label_dropout, self.cache.num_classes)
         samples = stacked["mean"] + stacked["std"] * stacked["posterior"]
         latents = (samples - self.cache.shift_factor) * self.cache.scaling_factor
+        latents = latents.expand(-1, self.group_size, -1, -1, -1)  # the same image N times, if there is only one
         return {"latents": latents, "labels": labels, "timesteps": timesteps, "noise": noise}
 
     def draw(self, epoch: int, slot: int) -> dict[str, Tensor]:
@@ -125,18 +130,18 @@ class GroupBatches(Dataset[Batch]):
         images = self.epoch_groups(epoch)[slot]
         generator = keyed_generator(self.seed, epoch, slot)
         shape, mul, count = self.cache.latent_shape, self.diffusion_batch_mul, self.group_size
-        uniform = torch.rand(count + 1, generator=generator)
+        uniform = torch.rand(self.num_distinct + 1, generator=generator)
         # one draw for all normal numbers of the group: many small ones would cost more than the numbers
         latent_size = int(np.prod(shape))
-        normal = torch.randn(count * (mul + latent_size * (mul + 1)), generator=generator)
-        time, posterior, noise = normal.split([count * mul, count * latent_size, count * mul * latent_size])
+        sizes = [count * mul, self.num_distinct * latent_size, count * mul * latent_size]
+        time, posterior, noise = torch.randn(sum(sizes), generator=generator).split(sizes)
         views = (uniform[1:] * self.cache.num_views).long().tolist()
         moments = [self.cache.moments(image, view) for image, view in zip(images.tolist(), views, strict=True)]
         return {
             "label": torch.tensor(int(self.cache.labels[images[0]])),
             "drop": uniform[0],
             "time": time.view(count, mul),
-            "posterior": posterior.view(count, *shape),
+            "posterior": posterior.view(self.num_distinct, *shape),
             "noise": noise.view(count, mul, *shape),
             "mean": torch.stack([mean for mean, _ in moments]),
             "std": torch.stack([std for _, std in moments]),

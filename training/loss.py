@@ -5,11 +5,13 @@ Shapes: B groups, N images per group (1-step: N = 1), m the diffusion batch mult
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transdiff_pipelines import TransDiffTransformer2DModel
+from transdiff_pipelines import ARConditionEncoder, TransDiffTransformer2DModel
 
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -36,7 +38,7 @@ def tile(tensor: Tensor, times: int) -> Tensor:
 
 
 def prefix_losses(
-    encoder: nn.Module,
+    encoder: ARConditionEncoder,
     transformer: TransDiffTransformer2DModel,
     latents: Tensor,
     labels: Tensor,
@@ -46,9 +48,11 @@ def prefix_losses(
     """Mean squared velocity error of each image given the images before it.
 
     Args:
-        encoder: labels `(B,)` and reference latents `(B, N - 1, C, s, s)` -> condition `(B, S, D)`, N groups of S / N.
+        encoder: labels `(B,)` and reference latents `(B, N - 1, C, s, s)` -> condition `(B, S, D)`, N groups of its
+            `group_sizes` tokens.
         transformer: noisy latents, timestep and condition, projected once for all images and times -> velocity.
-        latents: `(B, N, C, s, s)` clean latents in scaled units, N different images of one class each.
+        latents: `(B, N, C, s, s)` clean latents in scaled units, N different images of one class each; with a
+            scale-level encoder N times the same image.
         labels: `(B,)` class indices; the null class where the label is dropped.
         timesteps: `(N, B * m)` integers in [0, 1000), ordered as the batch tiled m times.
         noise: `(N, B * m, C, s, s)` standard normal, ordered likewise.
@@ -62,25 +66,22 @@ def prefix_losses(
     batch, num_images = latents.shape[:2]
     times = check_shapes(latents, timesteps, noise)
     references = latents[:, :-1] if num_images > 1 else None
-    condition = encoder(labels, references).condition
-    tokens_per_image = condition.shape[1] // num_images
-    projected = transformer.project_condition(condition)
+    projected = transformer.project_condition(encoder(labels, references).condition)
     losses = []
-    for image in range(num_images):
+    for image, end in zip(range(num_images), accumulate(encoder.group_sizes), strict=False):
         clean = tile(latents[:, image], times)
         # Eq. 4: x_t = (1 - t) x_0 + t eps with velocity eps - x_0; the network sees the truncated t as well.
         sigma = (timesteps[image].to(clean.dtype) / NUM_TRAIN_TIMESTEPS).view(-1, 1, 1, 1)
         noisy = (1 - sigma) * clean + sigma * noise[image]
         # Eq. 12: attention is block-causal, so the condition of image i is a prefix of the whole one.
-        seen = (image + 1) * tokens_per_image
-        prefix = [(key[:, :seen], value[:, :seen]) for key, value in projected]
+        prefix = [(key[:, :end], value[:, :end]) for key, value in projected]
         velocity = transformer(noisy, timesteps[image], prefix).sample
         losses.append(F.mse_loss(velocity.float(), (noise[image] - clean).float()))
     return torch.stack(losses)
 
 
 def velocity_loss(
-    encoder: nn.Module,
+    encoder: ARConditionEncoder,
     transformer: TransDiffTransformer2DModel,
     latents: Tensor,
     labels: Tensor,

@@ -16,6 +16,7 @@ from transdiff_pipelines import (
     TransDiffPipeline,
     TransDiffTransformer2DModel,
 )
+from transdiff_pipelines.models.ar_condition_encoder import group_sizes
 from transdiff_pipelines.pipelines.class_set import match_classes, resize_class_embedding
 
 from .config import ConfigError, LoraConfig, ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
@@ -78,8 +79,10 @@ def new_model(
     """A freshly initialised model for latents of `latent_shape` (C, s, s); the encoder's grid may differ."""
     channels, side, _ = latent_shape
     encoder_side = encoder_side or side
-    if encoder_side % model.patch_size:
-        raise ConfigError(f"model.patch_size {model.patch_size} does not divide the latent side {encoder_side}")
+    try:
+        group_sizes(encoder_side, model.patch_size, model.scales)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
     shared = {
         "in_channels": channels,
         "num_attention_heads": sizes["num_attention_heads"],
@@ -90,6 +93,7 @@ def new_model(
         num_classes=len(classes),
         sample_size=encoder_side,
         patch_size=model.patch_size,
+        scales=model.scales,
         num_class_tokens=sizes["num_class_tokens"],
         num_layers=sizes["encoder_layers"],
         **shared,
@@ -155,6 +159,7 @@ def inherit_model(model: ModelConfig, lora: LoraConfig, cache: LatentCache) -> t
         classes, notes = cache.classes, [f"started from {folder}", describe_classes(sources, cache.classes)]
         resize_class_embedding(old_encoder, sources)
     else:
+        check_adapted_sequence(model, old_encoder)
         classes = [(old_names or {}).get(str(i), str(i)) for i in range(old_encoder.config.num_classes)]
         notes = [f"adapting {folder}"]
     built = new_model(sizes, model, classes, cache.latent_shape, encoder_side(model, old_encoder, cache))
@@ -174,11 +179,11 @@ def inherit_model(model: ModelConfig, lora: LoraConfig, cache: LatentCache) -> t
 def encoder_side(model: ModelConfig, old: ARConditionEncoder, cache: LatentCache) -> int:
     """The side of the encoder's grid: the old one, for a 1-step encoder sees no image, whatever the resolution."""
     side = cache.latent_shape[1]
-    if model.patch_size > 1 and old.config.sample_size != side:
+    if model.images_in_sequence > 1 and old.config.sample_size != side:
         raise ConfigError(
             f"model.start_from has an encoder for {old.config.sample_size} x {old.config.sample_size} latents, the "
-            f"data's are {side} x {side}: an MRAR model (patch_size {model.patch_size}) reads images and keeps their "
-            "size. Use data of that size, or patch_size 1"
+            f"data's are {side} x {side}: a model of {model.images_in_sequence} images a sequence reads them and "
+            "keeps their size. Use data of that size, or a 1-step model (patch_size 1, no scales)"
         )
     return old.config.sample_size
 
@@ -207,6 +212,17 @@ def describe_classes(sources: list[int | None], classes: list[str]) -> str:
     return f"classes: {len(classes) - len(new)} of {len(classes)} kept, {len(new)} from the mean of the old{names}"
 
 
+def check_adapted_sequence(model: ModelConfig, old: ARConditionEncoder) -> None:
+    """Raise ConfigError if a LoRA run would make other sequences than its base: what is new would stay untrained."""
+    scales = old.config.scales and list(old.config.scales)
+    if (model.patch_size, model.scales) != (old.config.patch_size, scales):
+        raise ConfigError(
+            f"LoRA adapts the sequences of model.start_from (patch_size {old.config.patch_size}, scales {scales}), "
+            f"but model.patch_size is {model.patch_size} and model.scales is {model.scales}: set them alike, or train "
+            "without lora.rank"
+        )
+
+
 def adapted_classes(sources: list[int | None], classes: list[str], null_class: int) -> Tensor:
     """`TrainingModel.class_ids` of a LoRA run, whose base keeps its own classes."""
     unknown = [name for name, source in zip(classes, sources, strict=True) if source is None]
@@ -224,7 +240,7 @@ def freeze(built: TrainingModel, model: ModelConfig) -> list[str]:
     for part in model.frozen:
         getattr(built, part).requires_grad_(False)
         notes.append(f"frozen: {part} (its dropout and label dropout stay on)")
-    if model.patch_size == 1 and "condition_encoder" not in model.frozen:
+    if model.images_in_sequence == 1 and "condition_encoder" not in model.frozen:
         built.condition_encoder.reference_projection.requires_grad_(False)
         notes.append("frozen: condition_encoder.reference_projection (nothing reads it in a 1-step model)")
     return notes

@@ -139,7 +139,8 @@ class Trainer:
         data, loss = self.config.data, self.config.loss
         return GroupBatches(
             self.cache,
-            group_size=self.config.model.patch_size**2,
+            group_size=self.config.model.images_in_sequence,
+            same_image=self.config.model.scales is not None,
             batch_size=data.batch_size,
             diffusion_batch_mul=loss.diffusion_batch_mul,
             label_dropout=loss.label_dropout,

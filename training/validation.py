@@ -67,7 +67,8 @@ class Validation:
         self.accelerator = accelerator
         self.batches = GroupBatches(
             held_out,
-            group_size=config.model.patch_size**2,
+            group_size=config.model.images_in_sequence,
+            same_image=config.model.scales is not None,
             batch_size=config.data.batch_size,
             diffusion_batch_mul=config.loss.diffusion_batch_mul,
             label_dropout=0.0,

@@ -1,16 +1,12 @@
 """Model cards: of the published checkpoints, of the bundled model, of a pipeline on its way to the Hub.
 
-    python -m transdiff_pipelines.model_card --output model_cards
-    python -m transdiff_pipelines.model_card --output model_cards --check
+`python -m transdiff_pipelines.write_cards` writes those of this repository.
 
 The numbers come from `presets.py`, and those of the bundled model from its folder: its configuration, and
 `quality.json` as `training.digits.quality --output` writes it.
 """
 
-import argparse
 import json
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -210,7 +206,7 @@ def _architecture(
 ) -> str:
     latent = f"{transformer['sample_size']}×{transformer['sample_size']}"
     rows = [
-        ("images in a sequence", encoder["patch_size"] ** 2),
+        ("images in a sequence", len(encoder.get("scales") or ()) or encoder["patch_size"] ** 2),
         ("image", f"{resolution}×{resolution} pixels, latents {latent} with {transformer['in_channels']} channels"),
         ("classes", f"{encoder['num_classes']:,}"),
         ("autoregressive transformer", _sizes(encoder)),
@@ -382,31 +378,3 @@ def _loss_table(metrics: Sequence[Mapping[str, float]], rows: int = 10) -> str:
     kept = metrics[::-1][::stride][::-1]
     values = [[f"{line['step']:.0f}", *(f"{line.get(name, float('nan')):.4f}" for name in names[1:])] for line in kept]
     return _table([name.replace("_", " ") for name in names], values)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the cards, or with `--check` exit with 1 and their names where they are not current."""
-    from . import DIGITS
-
-    parser = argparse.ArgumentParser(description="Write model cards of the published and the bundled checkpoints.")
-    parser.add_argument("--output", type=Path, default=Path("model_cards"), help="folder of the cards")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail unless the folder is current")
-    options = parser.parse_args(arguments)
-    cards = all_cards(DIGITS)
-    if options.check:
-        present = {path.name: path.read_text(encoding="utf-8") for path in options.output.glob("*.md")}
-        stale = sorted(name for name in cards.keys() | present.keys() if cards.get(name) != present.get(name))
-        if stale:
-            command = f"python -m transdiff_pipelines.model_card --output {options.output}"
-            print(f"not current in {options.output}: {', '.join(stale)}; run {command}", file=sys.stderr)
-            raise SystemExit(1)
-        return
-    options.output.mkdir(parents=True, exist_ok=True)
-    for name, text in cards.items():
-        temporary = options.output / f".{name}.partial"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, options.output / name)
-
-
-if __name__ == "__main__":
-    main()

@@ -109,6 +109,16 @@ def test_draws_differ_between_slots_epochs_and_seeds(cache) -> None:
     assert len({noise.sum().item() for noise in noises}) == 5
 
 
+def test_a_group_of_the_same_image_is_one_sample_with_its_own_noises(cache) -> None:
+    source = batches(cache, group_size=3, batch_size=5, same_image=True)
+    batch = source[0]
+    assert source.groups_per_epoch == len(cache)
+    assert batch["latents"].shape[:2] == (5, 3)
+    assert (batch["latents"] == batch["latents"][:, :1]).all()
+    assert len({noise.sum().item() for noise in batch["noise"].flatten(0, 1)}) == 3 * 5 * 3
+    assert len(torch.unique(batch["timesteps"], dim=0)) == 3
+
+
 def test_draws_have_the_stated_distributions(cache) -> None:
     source = batches(cache, group_size=1, batch_size=2000)
     batch = source[0]

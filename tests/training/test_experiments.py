@@ -2,25 +2,29 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import rankdata
 from tiny import seeded, tiny_encoder, tiny_pipeline
 
 from training import evaluate
-from training.experiments import ar_steps, digits, diversity, fewer_tokens, fusion, tables, variations
-from training.experiments.common import picture
+from training.digits.quality import frechet_distance
+from training.experiments import ar_steps, digits, diversity, fewer_tokens, fusion, sequence_length, tables, variations
+from training.experiments.common import frechet_error, picture
 from transdiff_pipelines.presets import PUBLISHED
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of a 1-step and an MRAR model with random weights."""
+    """Folders of a 1-step, an MRAR and a scale-level model with random weights."""
     folder = tmp_path_factory.mktemp("models")
-    for name, patch_size in (("one_step", 1), ("mrar", 2)):
-        tiny_pipeline(patch_size=patch_size).save_pretrained(folder / name)
+    for name, patch_size, scales in (("one_step", 1, None), ("mrar", 2, None), ("scales", 1, [1, 3])):
+        encoder = tiny_encoder(patch_size, scales=scales)
+        tiny_pipeline(condition_encoder=encoder).save_pretrained(folder / name)
     return folder
 
 
@@ -84,6 +88,35 @@ class TestDiversity:
         result = run(diversity, "diversity", None, "--models", f"a={models / 'one_step'}", f"b={models / 'mrar'}")
         assert [row["images_in_sequence"] for row in result["rows"]] == [1, 4]
         assert all(0 < row["rms_similarity"] <= 1 and row["fid"] > 0 for row in result["rows"])
+        assert "rank_correlation" not in result  # of two models it is always 1 or -1
+
+    def test_along_a_run(self, run, models, tmp_path):
+        """The checkpoints of a run in their order, and whether the measure goes with the quality."""
+        kept = {5: "one_step", 40: "mrar", 300: "scales", 1000: "mrar", 2000: "one_step"}
+        for step, name in kept.items():
+            shutil.copytree(models / name, tmp_path / f"run/checkpoints/step-{step:08}/pipeline")
+        result = run(diversity, "diversity", None, "--run", str(tmp_path / "run"))
+        assert [row["name"] for row in result["rows"]] == [str(step) for step in kept]
+        assert [row["images_in_sequence"] for row in result["rows"]] == [1, 4, 2, 4, 1]
+        ranks = [rankdata([row[key] for row in result["rows"]]) for key in ("rms_similarity", "fid")]
+        assert result["rank_correlation"]["value"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+
+    def test_models_measured_earlier_are_not_measured_again(self, run, models, monkeypatch):
+        command = (diversity, "diversity", None, "--models", f"a={models / 'one_step'}")
+        first = run(*command)
+        measured = []
+        measure = diversity.measure_model
+        monkeypatch.setattr(diversity, "measure_model", lambda *given: measured.append(given) or measure(*given))
+        again = run(*command, f"b={models / 'scales'}")
+        assert again["rows"][0] == first["rows"][0]
+        run(*command, "--seed", "1")
+        assert [name for _, name in measured] == ["b", "a"]
+
+    def test_what_is_no_model_is_said_at_once(self, run, tmp_path):
+        with pytest.raises(SystemExit, match="'mrar': expected NAME=FOLDER"):
+            run(diversity, "diversity", None, "--models", "mrar")
+        with pytest.raises(SystemExit, match="no checkpoints there"):
+            run(diversity, "diversity", None, "--run", str(tmp_path))
 
 
 class TestCommands:
@@ -93,6 +126,24 @@ class TestCommands:
         seconds = [row["seconds_per_image"] for row in result["rows"]]
         assert seconds == sorted(seconds)
         assert len({row["fid"] for row in result["rows"]}) == 4
+
+    def test_sequence_length(self, run, models):
+        names = ["one_step", "scales", "mrar"]
+        result = run(
+            sequence_length, "sequence_length", None, "--models", *(f"{name}={models / name}" for name in names)
+        )
+        assert [(row["name"], row["images_in_sequence"]) for row in result["rows"]] == [
+            ("one_step", 1),
+            ("scales", 2),
+            ("mrar", 4),
+        ]
+        assert len({row["fid"] for row in result["rows"]}) == 3
+        with pytest.raises(SystemExit):
+            run(sequence_length, "sequence_length", None, "--models", f"a={models / 'mrar'}", judged=False)
+
+    def test_the_scale_level_condition_has_its_own_number_of_tokens(self, run):
+        result = run(fewer_tokens, "fewer_tokens", "scales")
+        assert [row["tokens"] for row in result["rows"]] == [1, 2, 4, 8]
 
     def test_fewer_tokens(self, run, models, tmp_path):
         """All tokens of the finished condition make what the sequence makes."""
@@ -107,6 +158,12 @@ class TestCommands:
         assert result["interpolation"] == [0, 0.5, 1]
         strip = np.asarray(Image.open(tmp_path / "fusion_strip.png"))
         assert strip.shape[:2] == (2 * 8 + 2, 3 * 8 + 4)
+
+    def test_fused_digits_are_told_apart(self):
+        """Of the squares off the diagonal; 0 is neither a row's nor a column's class."""
+        labels = np.array([[3, 3], [3, 6], [0, 3], [6, 6]])
+        shares = fusion.recognised_shares([(3, 3), (3, 6), (6, 3), (6, 6)], labels)
+        assert shares == {"row": 0.25, "column": 0.5, "other": 0.25}
 
     def test_variations_of_pictures(self, run, tmp_path):
         files = [tmp_path / "a.png", tmp_path / "b.png"]
@@ -141,6 +198,15 @@ class TestCommands:
         assert shown[5:, 5:].min() == 255
 
 
+def test_the_standard_error_is_the_spread_over_samples():
+    """Resampling one sample tells how much the distance varies from sample to sample."""
+    random = np.random.default_rng(0)
+    reference = random.normal(size=(500, 3))
+    samples = random.normal(0.5, size=(60, 400, 3))
+    spread = np.std([frechet_distance(sample, reference) for sample in samples], ddof=1)
+    assert frechet_error(samples[0], reference) == pytest.approx(spread, rel=0.4)
+
+
 def test_longer_sequences_share_one_encoder():
     """p = 4: sixteen images to a sequence, through the same components (paper, Figure 7)."""
     pipe = tiny_pipeline(4, condition_encoder=tiny_encoder(4))
@@ -173,10 +239,22 @@ class TestAllOnDigits:
         assert "| ar steps | frechet |\n| --- | --- |\n| 1 | 0.1235 |" in written
         assert "![Quality against AR steps](ar_steps/ar_steps.png)" in written
 
-    def test_the_search_is_one_that_the_evaluation_understands(self, options, monkeypatch):
-        entry = digits.EXPERIMENTS["scales"]
+    @pytest.mark.parametrize("name", digits.COMPARED)
+    def test_further_models_join_the_comparisons(self, options, monkeypatch, name):
         lines = []
-        monkeypatch.setitem(digits.EXPERIMENTS, "scales", (entry[0], lines.append, *entry[2:]))
-        digits.main([*options, "--only", "scales"])
+        entry = digits.EXPERIMENTS[name]
+        monkeypatch.setitem(digits.EXPERIMENTS, name, (entry[0], lines.append, *entry[2:]))
+        digits.main([*options, "--only", name, "--models", "p4=d", "scales=e"])
+        first = lines[0].index("--models")
+        assert lines[0][first + 1 : first + 5] == ["1-step=a", "MRAR=b", "p4=d", "scales=e"]
+
+    def test_the_search_is_one_that_the_evaluation_understands(self, options, monkeypatch):
+        entry = digits.EXPERIMENTS["sampler"]
+        lines = []
+        monkeypatch.setitem(digits.EXPERIMENTS, "sampler", (entry[0], lines.append, *entry[2:]))
+        digits.main([*options, "--only", "sampler"])
         parsed = evaluate.parse(lines[0])
-        assert dict(parsed.search) == {"drift_scale": [0.8, 0.9, 1.0], "diffusion_scale": [0.8, 0.9, 1.0]}
+        assert dict(parsed.search) == {
+            "drift_scale": [0.9, 1.0, 1.1],
+            "diffusion_scale": [1.0, 1.15, 1.3, 1.45],
+        }

@@ -8,10 +8,12 @@ from training.loss import drop_labels, logit_normal_timesteps, prefix_losses, ti
 from transdiff_pipelines import ARConditionEncoder, TransDiffTransformer2DModel
 
 
-def networks(patch_size: int) -> tuple[ARConditionEncoder, TransDiffTransformer2DModel]:
+def networks(
+    patch_size: int, scales: list[int] | None = None
+) -> tuple[ARConditionEncoder, TransDiffTransformer2DModel]:
     torch.manual_seed(0)
     shared = {"sample_size": 4, "in_channels": 2, "num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1}
-    encoder = ARConditionEncoder(num_classes=3, patch_size=patch_size, num_class_tokens=2, **shared)
+    encoder = ARConditionEncoder(num_classes=3, patch_size=patch_size, scales=scales, num_class_tokens=2, **shared)
     decoder = TransDiffTransformer2DModel(cross_attention_dim=8, **shared)
     # the last linear starts at zero: without this the velocity would not depend on anything
     torch.nn.init.normal_(decoder.proj_out.weight, std=0.5)
@@ -62,6 +64,22 @@ def test_later_images_do_not_change_the_losses_of_earlier_ones() -> None:
 
 
 @torch.no_grad()
+def test_each_image_is_decoded_from_the_groups_up_to_its_own() -> None:
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, hidden_states, timestep, encoder_hidden_states):
+            seen.append(encoder_hidden_states.shape[1])
+            return decoder(hidden_states, timestep, encoder_hidden_states)
+
+    for patch_size, scales, lengths in ((2, None, [4, 8, 12, 16]), (1, [1, 2, 3], [1, 5, 14])):
+        encoder, decoder = networks(patch_size, scales)
+        prefix_losses(encoder, Spy(), **inputs(len(lengths)))
+        assert seen == lengths
+        seen.clear()
+
+
+@torch.no_grad()
 def test_a_reference_changes_the_next_image() -> None:
     models, batch = networks(2), inputs(4)
     before = prefix_losses(*models, **batch)
@@ -101,9 +119,10 @@ def test_the_decoder_sees_the_truncated_time_and_its_mixture() -> None:
 
 def test_every_trained_tensor_gets_a_gradient() -> None:
     """In a 1-step model the projection alone gets none, which is why training freezes it."""
-    for patch_size, idle in ((1, {"reference_projection.weight", "reference_projection.bias"}), (2, set())):
-        models = networks(patch_size)
-        velocity_loss(*models, **inputs(patch_size**2)).backward()
+    projection = {"reference_projection.weight", "reference_projection.bias"}
+    for patch_size, scales, idle in ((1, None, projection), (2, None, set()), (1, [1, 2, 3], set())):
+        models = networks(patch_size, scales)
+        velocity_loss(*models, **inputs(models[0].num_images)).backward()
         without = {name for model in models for name, value in model.named_parameters() if value.grad is None}
         assert without == idle
 

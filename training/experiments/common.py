@@ -13,12 +13,14 @@ from PIL import Image
 from training.data import keyed_generator
 from training.digits.export import new_file
 from training.digits.quality import Reference as DigitsReference
-from training.digits.quality import pooled_pixels
+from training.digits.quality import frechet_distance, pooled_pixels
 from training.evaluation.features import load_extractor
 from training.evaluation.measure import measure_batches
 from training.evaluation.references import load_reference
 from transdiff_pipelines import DIGITS, TransDiffPipeline
 
+
+RESAMPLES = 200
 
 # Images `(N, H, W, 3)` in [0, 1] and the labels `(N,)` they should show, to measures.
 Judge = Callable[[np.ndarray, np.ndarray], dict[str, float]]
@@ -46,10 +48,15 @@ def add_judge_options(arguments: argparse.ArgumentParser) -> None:
 
 
 def make_judge(options: argparse.Namespace, pipe: TransDiffPipeline) -> Judge:
-    """Measures on digits, or those of `training.evaluate`."""
+    """Measures on digits, with the standard error of their Fréchet distance, or those of `training.evaluate`."""
     if options.digits:
         digits = DigitsReference(options.digits, "test")
-        return lambda images, labels: digits.measure(pooled_pixels(images), labels)
+
+        def judge_digits(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+            pixels = pooled_pixels(images)
+            return digits.measure(pixels, labels) | {"frechet_error": frechet_error(pixels, digits.pixels)}
+
+        return judge_digits
     extractor = load_extractor(options.extractor, options.extractor_weights, pipe._execution_device)
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
     reference = None
@@ -61,6 +68,28 @@ def make_judge(options: argparse.Namespace, pipe: TransDiffPipeline) -> Judge:
         return measure_batches(iter(pixels.split(100)), len(pixels), extractor, reference)["metrics"]
 
     return judge
+
+
+def frechet_error(pixels: np.ndarray, reference: np.ndarray) -> float:
+    """Standard error of the Fréchet distance of `(N, D)` to `(M, D)` features, from resamples of the former.
+
+    The chance in the N images drawn is in it; that of the training run and of the real images is not.
+    """
+    random = np.random.default_rng(0)
+    draws = [pixels[random.integers(len(pixels), size=len(pixels))] for _ in range(RESAMPLES)]
+    return float(np.std([frechet_distance(draw, reference) for draw in draws], ddof=1))
+
+
+def named_models(entries: Sequence[str]) -> dict[str, str]:
+    """NAME=FOLDER arguments as a dictionary.
+
+    Raises:
+        SystemExit: an entry has another form.
+    """
+    for entry in entries:
+        if not all(entry.partition("=")):
+            raise SystemExit(f"error: --models {entry!r}: expected NAME=FOLDER")
+    return dict(entry.split("=", 1) for entry in entries)
 
 
 def load(options: argparse.Namespace) -> TransDiffPipeline:

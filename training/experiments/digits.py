@@ -1,7 +1,9 @@
 """All experiments on the digits models, in one go, and their tables as Markdown.
 
-    python -m training.experiments.digits --one-step FOLDER --mrar FOLDER --data data/digits --output results
+    python -m training.experiments.digits --one-step FOLDER --mrar FOLDER --data data/digits --output results \
+        --models p4=FOLDER scales=FOLDER
 
+`--models` joins further ones to the two in the comparisons of models: other sequence lengths, scale-level AR.
 An experiment whose result is there is not run again. Writes a folder for each and results.md with tables and pictures.
 """
 
@@ -13,7 +15,7 @@ from typing import Any
 
 from training import evaluate
 from training.digits.export import new_file
-from training.experiments import ar_steps, diversity, fewer_tokens, fusion, variations
+from training.experiments import ar_steps, diversity, fewer_tokens, fusion, sequence_length, variations
 
 
 Main = Callable[[Sequence[str] | None], None]
@@ -22,14 +24,16 @@ Main = Callable[[Sequence[str] | None], None]
 EXPERIMENTS: dict[str, tuple[str, Main, str, list[str], list[str]]] = {
     "fusion": ("Class fusion, 1-step", fusion.main, "one_step", ["fusion", "fusion_strip"], ["--rows", "3"]),
     "diversity": ("Semantic diversity", diversity.main, "", ["diversity"], []),
+    "sequence_length": ("Images in a sequence", sequence_length.main, "", ["sequence_length"], []),
     "ar_steps": ("Quality against AR steps", ar_steps.main, "mrar", ["ar_steps"], []),
     "fewer_tokens": ("The first k condition tokens", fewer_tokens.main, "one_step", ["fewer_tokens"], []),
     "variations": ("Variations of real images", variations.main, "mrar", ["variations"], []),
     "fusion_mrar": ("Class fusion, MRAR", fusion.main, "mrar", ["fusion", "fusion_strip"], ["--rows", "3"]),
-    "scales": ("Drift and diffusion scale", evaluate.main, "one_step", ["search"], []),
+    "sampler": ("Drift and diffusion scale", evaluate.main, "one_step", ["search"], []),
 }
-SCALES = "0.8,0.9,1.0"
-JUDGED = ("diversity", "ar_steps", "fewer_tokens", "variations")
+SEARCH = ("drift_scale=0.9,1.0,1.1", "diffusion_scale=1.0,1.15,1.3,1.45")
+COMPARED = ("diversity", "sequence_length")
+JUDGED = (*COMPARED, "ar_steps", "fewer_tokens", "variations")
 
 
 def command_line(name: str, options: argparse.Namespace) -> list[str]:
@@ -40,14 +44,14 @@ def command_line(name: str, options: argparse.Namespace) -> list[str]:
         line += ["--model", str(getattr(options, model))]
     if name in JUDGED:
         line += ["--digits", options.data, "--num-images", str(options.num_images)]
-    if name == "diversity":
-        line += ["--models", f"1-step={options.one_step}", f"MRAR={options.mrar}", *options.checkpoints]
+    if name in COMPARED:
+        line += ["--models", f"1-step={options.one_step}", f"MRAR={options.mrar}", *options.models]
     if name.startswith("fusion"):
-        line += ["--classes", *options.classes]
-    if name == "scales":
+        line += ["--classes", *options.classes, "--digits", options.data]
+    if name == "sampler":
         line += ["--num-images", str(options.num_images), "--batch-size", "250", "--extractor", "pixels"]
         line += ["--reference", f"{options.data}/test", "--reference-cache", str(options.output / "cache")]
-        line += ["--search", f"drift_scale={SCALES}", "--search", f"diffusion_scale={SCALES}"]
+        line += [option for axis in SEARCH for option in ("--search", axis)]
     return line
 
 
@@ -77,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one-step", required=True, help="folder of the 1-step digits model")
     parser.add_argument("--mrar", required=True, help="folder of the MRAR digits model")
-    parser.add_argument("--checkpoints", nargs="*", default=[], metavar="NAME=FOLDER", help="more models to compare")
+    parser.add_argument("--models", nargs="*", default=[], metavar="NAME=FOLDER", help="more models to compare")
     parser.add_argument("--data", required=True, help="folder written by training.digits.export")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))

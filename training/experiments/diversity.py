@@ -1,20 +1,26 @@
 """Semantic diversity of the condition (paper, Appendix D, Eq. 13-15; Table 4, Figure 5).
 
     python -m training.experiments.diversity --models 1-step=FOLDER mrar=FOLDER --output results
+    python -m training.experiments.diversity --run outputs/digits_1step --digits data/digits --output results
 
-measures the models given, e.g. checkpoints of one training run: the cosine similarity between the condition tokens of
-an image, as its root mean square (the paper's measure: smaller is more diverse) and as its mean. The tokens are taken
-before the second position embedding. With MRAR they are those of the last image, whose references are generated.
-With `--digits` or `--reference` the quality stands beside it. Writes diversity.json and diversity.png.
+measures the models given, or the checkpoints that a training run has kept: the cosine similarity between the condition
+tokens of an image, as its root mean square (the paper's measure: smaller is more diverse) and as its mean. The tokens
+are taken before the second position embedding. With MRAR they are those of the last image, whose references are
+generated. With `--digits` or `--reference` the quality stands beside it, with Spearman's rank correlation of the two
+over the models, if there are five or more. Writes diversity.json and diversity.png.
 """
 
 import argparse
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 
+from training.checkpoints import checkpoint_folders
 from training.digits.export import new_file
 from training.experiments.common import (
     add_judge_options,
@@ -24,10 +30,14 @@ from training.experiments.common import (
     generators,
     load,
     make_judge,
+    named_models,
     parser,
     write,
 )
 from transdiff_pipelines import TransDiffPipeline
+
+
+FEWEST_RANKED = 5  # models; the rank correlation of fewer says nothing
 
 
 def token_similarity(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,6 +90,35 @@ def measure_model(options: argparse.Namespace, name: str) -> dict[str, Any]:
     return result | (make_judge(options, pipe)(np.concatenate(images), labels) if judged else {})
 
 
+def measure_models(options: argparse.Namespace, models: dict[str, str]) -> list[dict[str, Any]]:
+    """A row for each model, from its name and folder; one measured earlier with the same options is taken as it is."""
+    shared = ("seed", "num_images", "num_inference_steps", "guidance_scale", "digits", "reference", "extractor")
+    rows = []
+    for name, folder in models.items():
+        made_with = {"model": folder, **{option: getattr(options, option) for option in shared}}
+        file = options.output / "models" / f"{name}.json"
+        earlier = json.loads(file.read_text()) if file.exists() else {}
+        if earlier.get("made_with") != made_with:
+            row = measure_model(argparse.Namespace(**{**vars(options), "model": folder}), name)
+            earlier = {"made_with": made_with, "row": row}
+            write(file.parent, name, earlier)
+        rows.append(earlier["row"])
+        print(rows[-1])
+    return rows
+
+
+def checkpoints_of(run: Path) -> dict[str, str]:
+    """The pipelines of a run's checkpoints, under their steps.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    folders = checkpoint_folders(run)
+    if not folders:
+        raise SystemExit(f"error: --run {run}: no checkpoints there; pass the output folder of a training run")
+    return {str(int(folder.name.rpartition("-")[2])): str(folder / "pipeline") for folder in folders}
+
+
 def plot(rows: list[dict[str, Any]], quality: str, path: Any) -> None:
     """The measure of each model, beside its Fréchet distance where there is one."""
     import matplotlib.pyplot as plt
@@ -101,18 +140,21 @@ def plot(rows: list[dict[str, Any]], quality: str, path: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     options_parser = parser(__doc__)
-    options_parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER")
+    chosen = options_parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--models", nargs="+", metavar="NAME=FOLDER")
+    chosen.add_argument("--run", type=Path, help="output folder of a training run: all checkpoints that it has kept")
     add_judge_options(options_parser)
     options = options_parser.parse_args(arguments)
-    rows = []
-    for entry in options.models:
-        name, _, folder = entry.partition("=")
-        if not folder:
-            options_parser.error(f"--models {entry!r}: expected NAME=FOLDER")
-        rows.append(measure_model(argparse.Namespace(**{**vars(options), "model": folder}), name))
-        print(rows[-1])
-    write(options.output, "diversity", {"num_images": options.num_images, "rows": rows})
-    plot(rows, "frechet" if options.digits else "fid", options.output / "diversity.png")
+    models = named_models(options.models or []) if options.run is None else checkpoints_of(options.run)
+    quality = "frechet" if options.digits else "fid"
+    rows = measure_models(options, models)
+    result: dict[str, Any] = {"num_images": options.num_images, "rows": rows}
+    if len(rows) >= FEWEST_RANKED and all(quality in row for row in rows):
+        correlation = spearmanr([row["rms_similarity"] for row in rows], [row[quality] for row in rows])
+        result["rank_correlation"] = {"value": float(correlation.statistic), "p_value": float(correlation.pvalue)}
+        print(result["rank_correlation"])
+    write(options.output, "diversity", result)
+    plot(rows, quality, options.output / "diversity.png")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python -m training.experiments.variations --digits data/digits --output results
 
-takes real test images as references, n = 0 ... N - 1 of them, and measures the last image of the sequence.
+takes real test images as references, n = 0 ... N - 1 of them, and measures the last image of the sequence: quality,
+and whether it is nearer to its own references than to those of another image of its class.
 `--pictures FILE ... --class-label LABEL` uses pictures of yours instead and measures nothing. Writes variations.json
 and variations.png (a row for each class or seed: the references, then variations).
 """
@@ -46,32 +47,45 @@ def pick_references(images: np.ndarray, labels: np.ndarray, wanted: np.ndarray, 
 
 
 def of_digits(options: argparse.Namespace, pipe: TransDiffPipeline) -> tuple[dict[str, Any], Any]:
-    """Quality of the last image against the number of real references, and its distance to the nearest of these."""
+    """Quality of the last image against the number of real references, and its distance to the nearest of these.
+
+    Beside it the distance to as many references of another image of the class: what any digit of the class has.
+    """
     judge = make_judge(options, pipe)
-    num_images = pipe.condition_encoder.num_images
-    labels = balanced(options.num_images, pipe.condition_encoder.config.num_classes)
+    num_images, num_classes = pipe.condition_encoder.num_images, pipe.condition_encoder.config.num_classes
+    labels = balanced(options.num_images, num_classes)
     real = pick_references(*load_split(options.digits, "test"), labels, num_images - 1)
-    rows, shown = [], []
-    for count in range(num_images):
+
+    def last_images(labels: np.ndarray, references: np.ndarray) -> np.ndarray:
         made = []
         for indices in np.array_split(np.arange(len(labels)), -(-len(labels) // options.batch_size)):
-            references = [list(group[:count]) for group in real[indices]] if count else None
+            given = [list(group) for group in references[indices]] if references.shape[1] else None
             make = generators(options.seed, indices.tolist())
-            settings = call_settings(options) | {"reference_images": references}
+            settings = call_settings(options) | {"reference_images": given}
             made.append(pipe(labels[indices].tolist(), generator=make, **settings).images)
-        images = np.concatenate(made)
+        return np.concatenate(made)
+
+    rows = []
+    for count in range(num_images):
+        images = last_images(labels, real[:, :count])
         row = {"references": count, **judge(images, labels)}
-        pixels = pooled_pixels(images)
         if count:
-            given = [pooled_pixels(group[:count]) for group in real]
-            distances = [
-                nearest_neighbour_distance(pixel[None], group) for pixel, group in zip(pixels, given, strict=True)
-            ]
-            row["nearest_reference"] = float(np.mean(distances))
+            own = np.stack([pooled_pixels(group) for group in real[:, :count]])
+            others = np.roll(own, -num_classes, axis=0)
+            row |= {"own_reference": nearest(images, own), "reference_of_another": nearest(images, others)}
         rows.append(row)
         print(row)
-        shown = [np.concatenate([real[label, :count], images[label::10][:SHOWN]]) for label in range(10)]
-    return {"num_images": len(labels), "rows": rows}, picture(shown)
+    shown = np.repeat(np.arange(num_classes), SHOWN)
+    variations = last_images(shown, real[shown]).reshape(num_classes, SHOWN, *real.shape[2:])
+    return {"num_images": len(labels), "rows": rows}, picture(
+        list(np.concatenate([real[:num_classes], variations], 1))
+    )
+
+
+def nearest(images: np.ndarray, references: np.ndarray) -> float:
+    """Mean distance of each image to the nearest of its own row of references `(N, n, 64)`."""
+    pairs = zip(pooled_pixels(images), references, strict=True)
+    return float(np.mean([nearest_neighbour_distance(pixel[None], group) for pixel, group in pairs]))
 
 
 def of_pictures(options: argparse.Namespace, pipe: TransDiffPipeline) -> tuple[dict[str, Any], Any]:

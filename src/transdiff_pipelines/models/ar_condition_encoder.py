@@ -1,13 +1,15 @@
 """The autoregressive transformer: class labels, and images already made, become condition tokens.
 
 Shapes: B batch, C latent channels, s latent side, p AR patch size, S = s * s AR tokens, N = p * p images in a
-sequence of S / N tokens each, n reference images, K class tokens, D width.
+sequence of S / N tokens each (or other group sizes, see `scales`), n reference images, K class tokens, D width.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
@@ -67,12 +69,15 @@ class ARConditionEncoder(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
     `patch_size` 1 is the 1-step model: one group of S mask tokens, attention in both directions, the condition a
     function of the label alone. A larger p is Multi-Reference Autoregression: N = p² groups of S / N tokens, the
     first of mask tokens, group i of image i - 1, with attention block-causal over [class tokens][group 0]…
+    With `scales` it is scale-level autoregression, the paper's ablation: group i is image i - 1 averaged down to
+    `scales[i]` tokens a side, so that every image of the sequence can be a finer version of the one before.
 
     Args:
         num_classes: number of classes; the label `num_classes` is the null class of classifier-free guidance.
         sample_size: latent side s the AR sequence is built for (16 in every published model, 512 px included).
         in_channels: latent channels C.
         patch_size: AR patch size p, a divisor of `sample_size`.
+        scales: growing sides of the groups, in tokens; N of them, whose squares sum to at most S. None: equal groups.
         num_class_tokens: copies K of the class embedding in front of the sequence.
         num_layers: transformer blocks.
         num_attention_heads, attention_head_dim: their product is the width D.
@@ -98,23 +103,20 @@ class ARConditionEncoder(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         attention_head_dim: int = 64,
         mlp_ratio: float = 4.0,
         dropout: float = 0.1,
+        scales: list[int] | None = None,
     ):
         super().__init__()
-        if patch_size < 1 or sample_size % patch_size:
-            raise ValueError(
-                f"patch_size {patch_size} does not divide sample_size {sample_size}; choose a divisor of it"
-            )
         dim = num_attention_heads * attention_head_dim
         num_tokens = sample_size**2
-        self.num_images = patch_size**2
-        self.tokens_per_image = num_tokens // self.num_images
+        self.group_sizes = group_sizes(sample_size, patch_size, scales)
+        self.num_images = len(self.group_sizes)
         self.null_class = num_classes
 
         # The last row is the null class, so dropping a label is choosing another label.
         self.class_embedding = nn.Embedding(num_classes + 1, dim)
-        # Nothing reads the projection at patch_size 1; it exists because the released checkpoints hold it.
+        # Nothing reads the projection of a 1-step model; it exists because the released checkpoints hold it.
         self.reference_projection = nn.Linear(in_channels * patch_size**2, dim)
-        self.mask_token = nn.Parameter(torch.empty(1, 1 if patch_size == 1 else self.tokens_per_image, dim))
+        self.mask_token = nn.Parameter(torch.empty(1, 1 if self.num_images == 1 else self.group_sizes[0], dim))
         self.position_embedding = nn.Parameter(torch.empty(1, num_class_tokens + num_tokens, dim))
         self.input_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.transformer_blocks = nn.ModuleList(
@@ -142,9 +144,9 @@ class ARConditionEncoder(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         """`(K + S, K + S)`, True where a token may look: at its own group and all earlier ones (Eq. 12)."""
         if self.num_images == 1:
             return None
-        group_sizes = torch.tensor([self.config.num_class_tokens] + [self.tokens_per_image] * self.num_images)
-        length = self.config.num_class_tokens + self.config.sample_size**2  # given, so that the meta device serves
-        group = torch.arange(len(group_sizes)).repeat_interleave(group_sizes, output_size=length)
+        sizes = (self.config.num_class_tokens, *self.group_sizes)
+        # the length is given, so that the meta device serves
+        group = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes), output_size=sum(sizes))
         return group[:, None] >= group[None, :]
 
     def new_cache(self) -> list[KeyValueCache]:
@@ -160,20 +162,36 @@ class ARConditionEncoder(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         num_references = num_seen + shape[1]
         if num_references >= self.num_images:
             raise ValueError(
-                f"{num_references} reference images do not fit: a sequence of {self.num_images} images (patch_size "
-                f"{self.config.patch_size}) takes at most {self.num_images - 1}"
+                f"{num_references} reference images do not fit: a sequence of {self.num_images} images "
+                f"({self._describe_groups()}) takes at most {self.num_images - 1}"
             )
+
+    def _describe_groups(self) -> str:
+        scales = self.config.scales
+        return f"patch_size {self.config.patch_size}" if scales is None else f"scales {scales}"
+
+    def _references_seen(self, past: int) -> int:
+        """Reference images among the first `past` tokens."""
+        num_tokens = past - self.config.num_class_tokens
+        if self.config.scales is None:  # arithmetic alone: a compiled encoder serves every length of the past
+            return max(num_tokens // self.group_sizes[0] - 1, 0)
+        return max(sum(end <= num_tokens for end in accumulate(self.group_sizes)) - 1, 0)
 
     def _embed_labels(self, class_labels: torch.Tensor) -> torch.Tensor:
         """The head of a sequence, `(B, K + S / N, D)`: class tokens and the group of mask tokens."""
         class_token = self.class_embedding(class_labels).unsqueeze(1)
-        mask_tokens = self.mask_token.expand(class_labels.shape[0], self.tokens_per_image, -1)
+        mask_tokens = self.mask_token.expand(class_labels.shape[0], self.group_sizes[0], -1)
         return torch.cat([class_token.expand(-1, self.config.num_class_tokens, -1), mask_tokens], dim=1)
 
-    def _embed_references(self, reference_latents: torch.Tensor) -> torch.Tensor:
-        """Groups of tokens `(B, n * S / N, D)` of latents `(B, n, C, s, s)`."""
-        patches = pack_latents(reference_latents.flatten(0, 1), self.config.patch_size)
-        patches = patches.reshape(reference_latents.shape[0], -1, patches.shape[-1])
+    def _embed_references(self, reference_latents: torch.Tensor, num_seen: int) -> torch.Tensor:
+        """Groups of tokens `(B, n * S / N, D)` of latents `(B, n, C, s, s)` that follow `num_seen` earlier ones."""
+        images = reference_latents.unbind(1)
+        if self.config.scales is not None:
+            sides = self.config.scales[1 + num_seen :]
+            images = tuple(
+                F.interpolate(image, (side, side), mode="area") for image, side in zip(images, sides, strict=False)
+            )
+        patches = torch.cat([pack_latents(image, self.config.patch_size) for image in images], dim=1)
         return self.reference_projection(patches.to(self.mask_token.dtype))
 
     def forward(
@@ -217,16 +235,19 @@ class ARConditionEncoder(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         """Features of the tokens after the `past` ones that the cache has seen, without those of the class tokens."""
         num_class_tokens = self.config.num_class_tokens
         tokens = [] if past else [self._embed_labels(class_labels)]
+        num_references = 0
         if reference_latents is not None:
-            num_seen = max((past - num_class_tokens) // self.tokens_per_image - 1, 0)
+            num_seen = self._references_seen(past)
             self._check_references(class_labels, reference_latents, num_seen)
-            tokens.append(self._embed_references(reference_latents))
+            num_references = reference_latents.shape[1]
+            tokens.append(self._embed_references(reference_latents, num_seen))
         if not tokens:
             raise ValueError("the cache has seen the labels already; pass reference_latents, or a new cache")
         hidden_states = torch.cat(tokens, dim=1)
 
         length = past + hidden_states.shape[1]
-        mask = self._attention_mask(past, length)
+        # A single group after a cached past may look everywhere.
+        mask = None if past and num_references == 1 else self._attention_mask(past, length)
         hidden_states = self.input_norm(hidden_states + self.position_embedding[:, past:length])
         for i, block in enumerate(self.transformer_blocks):
             layer_cache = cache[i] if cache else None
@@ -237,7 +258,32 @@ class ARConditionEncoder(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMix
         return self.norm_out(hidden_states[:, max(num_class_tokens - past, 0) :])
 
     def _attention_mask(self, past: int, length: int) -> torch.Tensor | None:
-        """Where tokens `past`..`length` may look; None, everywhere, for a single group after a cached past."""
-        if self.attention_mask is None or (past and length - past == self.tokens_per_image):
-            return None
-        return self.attention_mask[None, None, past:length, :length]
+        """Where tokens `past`..`length` may look; None: everywhere."""
+        return None if self.attention_mask is None else self.attention_mask[None, None, past:length, :length]
+
+
+def group_sizes(sample_size: int, patch_size: int, scales: list[int] | None) -> tuple[int, ...]:
+    """Tokens of each group of a sequence: N equal ones, or the squares of `scales`.
+
+    Raises:
+        ValueError: the groups do not fit into `sample_size` squared tokens, or are described twice.
+    """
+    if patch_size < 1 or sample_size % patch_size:
+        raise ValueError(f"patch_size {patch_size} does not divide sample_size {sample_size}; choose a divisor of it")
+    if scales is None:
+        return (sample_size**2 // patch_size**2,) * patch_size**2
+    if patch_size > 1:
+        raise ValueError(f"scales {scales} and patch_size {patch_size} both divide the sequence; set patch_size 1")
+    if (
+        len(scales) < 2
+        or scales[0] < 1
+        or any(small >= large for small, large in zip(scales, scales[1:], strict=False))
+    ):
+        raise ValueError(f"scales {scales} must be two or more growing sides of groups of tokens, such as [1, 2, 3]")
+    sizes = tuple(scale**2 for scale in scales)
+    if sum(sizes) > sample_size**2:
+        raise ValueError(
+            f"scales {scales} make {sum(sizes)} tokens, but a sequence has {sample_size**2} (sample_size "
+            f"{sample_size} squared); leave out or shrink some"
+        )
+    return sizes

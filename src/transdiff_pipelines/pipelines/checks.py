@@ -57,10 +57,11 @@ def check_components(
                 f"{transformer.config.in_channels}; they belong to different models"
             )
         # A 1-step encoder reads no image, so the published 512 px model keeps the 256 px one's size.
-        if encoder.config.patch_size > 1 and encoder.config.sample_size != transformer.config.sample_size:
+        if encoder.num_images > 1 and encoder.config.sample_size != transformer.config.sample_size:
             raise ValueError(
-                f"MRAR feeds the transformer's images back, but its sample_size is {transformer.config.sample_size} "
-                f"and the condition encoder's {encoder.config.sample_size}; they must be equal"
+                "an AR sequence feeds the transformer's images back, but its sample_size is "
+                f"{transformer.config.sample_size} and the condition encoder's {encoder.config.sample_size}; they "
+                "must be equal"
             )
     if transformer is None or vae is None:
         return
