@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from transdiff_pipelines import ARConditionEncoder, TransDiffTransformer2DModel
 
