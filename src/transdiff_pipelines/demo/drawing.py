@@ -6,7 +6,7 @@ because both keep the state of a run.
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from queue import Queue
 from typing import Any
@@ -58,7 +58,7 @@ def own_pipeline(shared: TransDiffPipeline, request: DemoRequest) -> TransDiffPi
     return pipe
 
 
-def draw_frames(shared: TransDiffPipeline, request: DemoRequest) -> Iterator[Frame]:
+def draw_frames(shared: TransDiffPipeline, request: DemoRequest) -> Generator[Frame, None, None]:
     """Frames of a run as it goes, the last with the results. Closing the iterator stops the run after its step.
 
     Raises:
