@@ -126,8 +126,8 @@ def build(pipe: TransDiffPipeline, model: str | None = None) -> gr.Blocks:
         code = gr.Code(language="shell", label="The same from the command line", interactive=False, lines=1,
                        wrap_lines=True, show_line_numbers=False, elem_id="recipe", buttons=["copy"])  # fmt: skip
 
-        controls = [mode, labels, first, second, share, upload, count, seed, steps, guidance, scheduler, drift,
-                    diffusion]  # fmt: skip
+        controls: list[Any] = [mode, labels, first, second, share, upload, count, seed, steps, guidance, scheduler,
+                               drift, diffusion]  # fmt: skip
         private: Any = {"api_visibility": "private"}
         mode.change(
             lambda chosen: [gr.update(visible=chosen != BLEND), gr.update(visible=chosen == BLEND),
