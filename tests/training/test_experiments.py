@@ -12,7 +12,8 @@ from scipy.stats import rankdata
 from tiny import seeded, tiny_encoder, tiny_pipeline
 
 from training import evaluate
-from training.digits.quality import frechet_distance
+from training.digits.export import main as export_digits
+from training.digits.quality import frechet_distance, pooled_pixels
 from training.experiments import ar_steps, digits, diversity, fewer_tokens, fusion, sequence_length, tables, variations
 from training.experiments.common import frechet_error, picture
 from transdiff_pipelines.presets import PUBLISHED
@@ -174,6 +175,26 @@ class TestCommands:
     def test_variations_need_pictures_or_digits(self, run):
         with pytest.raises(SystemExit):
             run(variations, "variations", "mrar", "--pictures", "a.png", judged=False)
+
+    def test_the_distance_to_references_is_to_the_nearest_of_ones_own(self):
+        images = np.random.default_rng(0).random((3, 32, 32, 3))
+        own = pooled_pixels(images)[:, None]
+        assert variations.nearest(images, own) == 0
+        assert variations.nearest(images, np.roll(own, 1, axis=0)) > 0
+        assert variations.nearest(images, np.concatenate([own + 1, own], axis=1)) == 0
+
+    def test_on_digits(self, tmp_path):
+        """What only digits are judged by, on the bundled model: variations of real ones, and fused ones recognised."""
+        export_digits(["--output", str(tmp_path / "data")])
+        options = ["--digits", str(tmp_path / "data"), "--num-inference-steps", "1", "--output", str(tmp_path)]
+        variations.main([*options, "--num-images", "20"])
+        rows = json.loads((tmp_path / "variations.json").read_text())["rows"]
+        assert [row["references"] for row in rows] == [0, 1, 2, 3]
+        assert all(0 < row["own_reference"] < 60 and 0 < row["reference_of_another"] < 60 for row in rows[1:])
+        assert Image.open(tmp_path / "variations.png").size == (9 * 34 - 2, 10 * 34 - 2)
+        fusion.main([*options, "--classes", "0", "1", "--rows", "1", "--weights", "2", "--count", "3"])
+        shares = json.loads((tmp_path / "fusion.json").read_text())["recognised"]["fused"]
+        assert sum(shares.values()) == pytest.approx(1)
 
     def test_references_are_of_the_wanted_class(self):
         images, labels = np.arange(6.0).reshape(6, 1, 1, 1), np.array([0, 1, 0, 1, 0, 1])

@@ -43,7 +43,7 @@ def plot_search(axes: dict[str, list[float]], rows: list[dict[str, Any]], metric
         values = np.array(grid)
         picture = plot.imshow(values, cmap="viridis_r" if best is min else "viridis")
         for (row, column), value in np.ndenumerate(values):
-            good = (picture.norm(value) < 0.5) == (best is min)  # the light end of both maps
+            good = bool(np.asarray(picture.norm(value)) < 0.5) == (best is min)  # the light end of both maps
             ink = "black" if good else "white"
             plot.text(column, row, f"{value:.3g}", ha="center", va="center", color=ink, fontsize=8)
         plot.set_xticks(range(len(axes[names[1]])), [str(value) for value in axes[names[1]]])
