@@ -231,7 +231,7 @@ def digits_figure(result: dict[str, Any]) -> Any:
             axes.scatter(calls, ratios, s=12, color="gray", label="_grids")
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.axhline(1.05, color="black", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="model calls an image", ylabel="Fréchet distance, Euler-Maruyama 100 = 1", yscale="log")
+    axes.set(xlabel="model calls an image", ylabel="Fréchet distance, Euler-Maruyama 100 = 1")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
     return drawn

@@ -123,7 +123,7 @@ def build(pipe: TransDiffPipeline, model: str | None = None) -> gr.Blocks:
                     stop = gr.Button("Stop", elem_id="stop", min_width=80)
             with gr.Column(scale=3, min_width=300):
                 sequence = gr.HTML(sequence_html([], num_images), elem_id="sequence", elem_classes=pixelated)
-        code = gr.Code(language="shell", label="The same from the command line", interactive=False, lines=1,
+        code = gr.Code(language="shell", label="The same without this page", interactive=False, lines=1,
                        wrap_lines=True, show_line_numbers=False, elem_id="recipe", buttons=["copy"])  # fmt: skip
 
         controls: list[Any] = [mode, labels, first, second, share, upload, count, seed, steps, guidance, scheduler,
