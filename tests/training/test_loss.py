@@ -67,14 +67,15 @@ def test_later_images_do_not_change_the_losses_of_earlier_ones() -> None:
 def test_each_image_is_decoded_from_the_groups_up_to_its_own() -> None:
     seen = []
 
-    class Spy(torch.nn.Module):
+    class Spy(TransDiffTransformer2DModel):
         def forward(self, hidden_states, timestep, encoder_hidden_states):
-            seen.append(encoder_hidden_states.shape[1])
-            return decoder(hidden_states, timestep, encoder_hidden_states)
+            seen.append(encoder_hidden_states[0][0].shape[1])  # the keys of the first block
+            return super().forward(hidden_states, timestep, encoder_hidden_states)
 
     for patch_size, scales, lengths in ((2, None, [4, 8, 12, 16]), (1, [1, 2, 3], [1, 5, 14])):
         encoder, decoder = networks(patch_size, scales)
-        prefix_losses(encoder, Spy(), **inputs(len(lengths)))
+        decoder.__class__ = Spy
+        prefix_losses(encoder, decoder, **inputs(len(lengths)))
         assert seen == lengths
         seen.clear()
 
