@@ -232,6 +232,7 @@ def digits_figure(result: dict[str, Any]) -> Any:
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.axhline(1.05, color="black", linewidth=0.8, linestyle=":")
     axes.set(xlabel="model calls an image", ylabel="Fréchet distance, Euler-Maruyama 100 = 1")
+    axes.set_ylim(0.6, 2.2)  # what lies above is out of the question
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
     return drawn
