@@ -20,7 +20,6 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
 from safetensors import safe_open
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from .config import ConfigError, DataConfig, config_or_exit, require
 from .images import BadImage, read_image
 from .latent_cache import FORMAT, CacheError, LatentCache, check_settings, load_vae, module_fingerprint, write_json
+from .processes import process_state
 from .sources import Example, Source, open_source
 
 
@@ -216,7 +216,7 @@ def cache_latents(data: DataConfig, dataset: datasets.Dataset | datasets.Iterabl
         CacheError: if the folder holds a cache made with other settings, or if there are no readable images.
         ConfigError: if columns, classes or sizes do not fit.
     """
-    state = PartialState()
+    state = process_state()
     with state.main_process_first():  # the others find a dataset prepared
         source = open_source(data, dataset)
     vae = load_vae(data.vae)
@@ -312,7 +312,7 @@ def main() -> None:
     except (CacheError, ConfigError) as error:
         print(f"training.cache_latents: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         print(report(cache))
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from training.digits.export import new_file
 from training.evaluation.features import ExtractorError, load_extractor
@@ -35,6 +34,7 @@ from training.evaluation.sampling import (
     write_npz,
 )
 from training.evaluation.search import SEARCHED, parse_axis, plot_search
+from training.processes import process_state
 from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.loaders.original_checkpoint import match_published
 
@@ -91,7 +91,7 @@ def evaluate(pipe: TransDiffPipeline, options: argparse.Namespace, folder: Path)
 
     A result that is there is returned as it is.
     """
-    state = PartialState()
+    state = process_state()
     settings = sampling_settings(pipe, options)
     set_scales(pipe, settings)
     labels = make_labels(options.num_images, pipe.condition_encoder.config.num_classes, options.labels, options.seed)
@@ -156,7 +156,7 @@ def search(pipe: TransDiffPipeline, options: argparse.Namespace) -> list[dict[st
         name = "_".join(f"{axis}-{value:g}" for axis, value in point.items())
         chosen = argparse.Namespace(**{**vars(options), **point})
         results.append(evaluate(pipe, chosen, options.output / name))
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return None
     rows = [{"sampling": result["sampling"], "metrics": result["metrics"]} for result in results if result]
     with new_file(options.output / "search.json") as temporary:
@@ -211,7 +211,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     options = parse(arguments)
-    state = PartialState()
+    state = process_state()
     try:
         pipe = load_pipeline(options, state.device)
         if options.search:
