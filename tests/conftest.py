@@ -6,6 +6,7 @@ talks to a server of its own starts a subprocess with its own values.
 
 import os
 import tempfile
+from importlib.util import find_spec
 
 
 _CACHE = tempfile.TemporaryDirectory(prefix="transdiff-tests-")
@@ -18,3 +19,6 @@ import torch  # noqa: E402
 
 # The models here are tiny: several threads only wait for each other.
 torch.set_num_threads(1)
+
+# `make test-browser` installs what those need.
+collect_ignore = [] if find_spec("selenium") else ["browser"]

@@ -45,7 +45,8 @@ def test_a_file_defines_its_class_and_imports_nothing_unusual(cls: type) -> None
         exec(compile(source, "exported.py", "exec"), namespace)
     finally:
         del sys.modules["exported"]
-    assert set(vars(namespace[cls.__name__])) == set(vars(cls))
+    # copyreg leaves __slotnames__ in a class once one of its objects was copied
+    assert set(vars(namespace[cls.__name__])) == set(vars(cls)) - {"__slotnames__"}
 
 
 def test_conversion_stays_in_the_package() -> None:
