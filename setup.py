@@ -37,8 +37,16 @@ EXTRAS = {
     # The Inception features. torchvision must be the build that fits the installed torch; without it use the
     # TorchScript Inception or an extractor of your own (training/evaluation/features.py).
     "eval": ["torch-fidelity>=0.4", "torchvision"],
+    "deepspeed": ["deepspeed>=0.19,<0.20"],  # for sharding=zero2
     "demo": ["gradio>=6.31,<7"],
-    "test": ["pytest>=9", "pytest-timeout>=2.4", "pytest-xdist>=3.8", "torchao>=0.18,<1", "gradio>=6.31,<7"],
+    "test": [
+        "pytest>=9",
+        "pytest-timeout>=2.4",
+        "pytest-xdist>=3.8",
+        "torchao>=0.18,<1",
+        "gradio>=6.31,<7",
+        'deepspeed>=0.19,<0.20; sys_platform == "linux"',
+    ],
     "browser": ["selenium>=4.51,<5"],  # with Chromium and its driver, from the system
     "docs": ["pdoc>=16"],  # the API reference
     "dev": ["mypy>=2", "ruff>=0.17,<0.18", "types-PyYAML>=6"],

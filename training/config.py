@@ -297,8 +297,10 @@ class TrainConfig:
     seed: int = option(0, "every random draw follows from it")
     mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "autocast dtype; weights stay float32")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
-    sharding: Literal["no", "fsdp2"] = option(
-        "no", "with several processes, split weights, gradients, optimiser and EMA over them (FSDP2)"
+    sharding: Literal["no", "fsdp2", "zero2"] = option(
+        "no",
+        "with several processes, split over them weights, gradients, optimiser and EMA (fsdp2, PyTorch's FSDP2) or "
+        "gradients and optimiser (zero2, DeepSpeed's ZeRO stage 2)",
     )
     compile: Literal["no", "inductor", "aot_eager"] = option(
         "no", "torch.compile the transformer blocks with this backend; aot_eager only to debug"

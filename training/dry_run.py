@@ -87,10 +87,21 @@ def state_bytes(trainer: Trainer) -> dict[str, int]:
     }
 
 
+def state_per_process(state: dict[str, int], sharding: str, processes: int) -> dict[str, int]:
+    """What one of several processes keeps of the bytes in `state`."""
+    share = {use: size // processes for use, size in state.items()}
+    if sharding == "fsdp2":
+        return share
+    if sharding == "zero2":  # AdamW steps a copy of its share of the trained weights, which then goes to all processes
+        copied = state["weights"] + share["gradients"]
+        return state | {"weights": copied, "gradients": share["gradients"], "optimiser": share["optimiser"]}
+    return state
+
+
 def memory(trainer: Trainer, activations: int) -> str:
     """A line on the bytes that one process needs, by their use."""
-    processes = trainer.accelerator.num_processes if trainer.empty is not None else 1
-    uses = {use: size // processes for use, size in state_bytes(trainer).items()} | {"activations": activations}
+    state = state_per_process(state_bytes(trainer), trainer.config.sharding, trainer.accelerator.num_processes)
+    uses = state | {"activations": activations}
     shown = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in uses.items())
     return (
         f"memory, estimated: {sum(uses.values()) / 2**30:.3g} GiB per process ({shown}); dropout's masks, kernels' "

@@ -20,13 +20,15 @@ from torch import nn
 
 from .config import ConfigError, TrainConfig, config_or_exit
 from .data import GroupBatches
-from .dry_run import state_bytes
+from .dry_run import state_bytes, state_per_process
 from .latent_cache import CacheError
 from .metrics import PeakMemory
 from .train import Trainer
+from .zero import BUCKET
 
 
 STEPS = 3
+KINDS = ("no", "zero2", "fsdp2")
 HEADER = "| processes | sharding | batch per process | images a second | GiB per process | schedule, hours | |"
 
 
@@ -60,18 +62,17 @@ class Plan:
         return f"| {' | '.join(map(str, cells))} |"
 
     def memory(self, measured: Measured, processes: int, sharding: str) -> int | None:
-        """Bytes per process: DDP keeps the gradients twice (its buckets); FSDP2 splits the state and gathers a block
-        while the one before it runs.
+        """Bytes per process: DDP keeps the gradients twice (its buckets); FSDP2 gathers a block while the one before
+        it runs; DeepSpeed fills one bucket with gradients.
         """
         if measured.working is None:
             return None
-        kept = sum(size for use, size in self.state.items() if use != "gradients")
         gradients = self.state["gradients"]
+        beside_state = measured.working - gradients
         if processes == 1:
-            return kept + measured.working
-        if sharding == "no":
-            return kept + measured.working + gradients
-        return (kept + gradients) // processes + measured.working - gradients + self.blocks
+            return sum(self.state.values()) + beside_state
+        exchanged = {"no": gradients, "fsdp2": self.blocks, "zero2": min(4 * BUCKET, gradients)}[sharding]
+        return sum(state_per_process(self.state, sharding, processes).values()) + beside_state + exchanged
 
 
 def block_bytes(module: nn.Module) -> int:
@@ -134,7 +135,7 @@ def plan(config: TrainConfig, batch_sizes: Sequence[int], processes: Sequence[in
             lines.append(f"| 1 | no | {batch_size} | | out of memory | | measured |")
             continue
         lines.append(known.row(measured, 1, "no"))
-        lines += [known.row(measured, count, kind) for count in processes for kind in ("no", "fsdp2") if count > 1]
+        lines += [known.row(measured, count, kind) for count in processes for kind in KINDS if count > 1]
     device = trainer.accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     return "\n".join([

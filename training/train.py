@@ -45,9 +45,10 @@ from .schedule import LearningRate
 from .sharding import empty_copy, gather, keep_optimizer_files_whole, local, shard, sliced_like, whole
 from .trackers import check_trackers, log_image, start_trackers
 from .validation import Validation, held_out_images
+from .zero import ZeroEngine, check_deepspeed
 
 
-MODEL_FILE, EMA_FILE = "model.safetensors", "ema.safetensors"
+MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.bin"
 
 
 class TrainingStopped(RuntimeError):
@@ -64,7 +65,8 @@ def check_distribution(distributed_type: DistributedType) -> None:
     if distributed_type in splitting:
         raise ConfigError(
             f"the launcher asks for {distributed_type.value}, which is not supported. Launch with --multi_gpu, and "
-            "set sharding=fsdp2 to split weights, gradients, optimiser and EMA over the processes"
+            "set sharding=fsdp2 to split weights, gradients, optimiser and EMA over the processes, or sharding=zero2 "
+            "to let DeepSpeed split gradients and optimiser"
         )
 
 
@@ -76,6 +78,7 @@ class Trainer:
         self.output = Path(config.output)
         candidates = find_checkpoints(self.output, config.resume)
         check_trackers(config.trackers)
+        check_deepspeed(config)
         if config.push_to_hub is not None:
             check_repository(config.push_to_hub)
         self.accelerator = Accelerator(
@@ -120,20 +123,29 @@ class Trainer:
     def _prepare(self, module: TrainingModel) -> None:
         """Put model and optimiser where they belong: whole on every process, or split over all of them.
 
-        `empty` is a copy without numbers of a model that is split, to be filled where it is needed whole.
+        `empty` is a copy without numbers of a model that is split, to be filled where it is needed whole; `zero` is
+        DeepSpeed, if it splits the optimiser.
         """
+        self.model: Any
+        self.optimizer: Any
+        self.module = module
         self.empty: TrainingModel | None = None
-        if self.config.sharding == "fsdp2" and self.accelerator.num_processes > 1:
+        self.zero: ZeroEngine | None = None
+        sharding = self.config.sharding if self.accelerator.num_processes > 1 else "no"
+        if sharding == "zero2":
+            module.to(self.accelerator.device)
+            self.zero = ZeroEngine(module, build_optimizer(module, self.config.optimizer), self.config)
+            self.model = self.optimizer = self.zero
+        elif sharding == "fsdp2":
             self.empty = empty_copy(module)
             shard(module, self.accelerator.device, self.accelerator.num_processes)
             optimizer = build_optimizer(module, self.config.optimizer)
             keep_optimizer_files_whole(optimizer)
-            self.model: Any = module
+            self.model = module
             self.optimizer = self.accelerator.prepare(optimizer)
         else:
             optimizer = build_optimizer(module, self.config.optimizer)
             self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
-        self.module: TrainingModel = self.accelerator.unwrap_model(self.model)
 
     def _batches(self) -> GroupBatches:
         data, loss = self.config.data, self.config.loss
@@ -236,27 +248,37 @@ class Trainer:
             with self.accelerator.accumulate(self.model), self.watch.timing("passes"):
                 with self.accelerator.autocast():
                     losses = self.model(**batch)
-                self.accelerator.backward(losses.mean())
+                self._backward(losses.mean())
                 total = total + losses.detach() / len(micro_batches)
                 if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(
-                        self.model.parameters(), self.config.optimizer.max_grad_norm
-                    )
-                    grad_norm = whole(norm)
+                    grad_norm = self._clip()
         losses = self.accelerator.reduce(total, reduction="mean")
         self._update(losses, float(grad_norm))
         return losses, float(grad_norm)
 
+    def _backward(self, loss: torch.Tensor) -> None:
+        if self.zero is not None:
+            self.zero.backward(loss / self.accumulation, last=self.accelerator.sync_gradients)
+        else:
+            self.accelerator.backward(loss)
+
+    def _clip(self) -> torch.Tensor:
+        """Clip the gradients and return their norm before; DeepSpeed also steps, in the same call."""
+        if self.zero is not None:
+            return self.zero.step()
+        return whole(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm))
+
     def _update(self, losses: torch.Tensor, grad_norm: float) -> None:
         """Step the optimiser and the EMA, unless the loss or the gradient is not finite.
 
-        Under fp16 an overflowing gradient is normal: the scaler skips that step itself and lowers its scale. Only
-        when the scale has fallen below 1 does an overflow count as a bad step.
+        DeepSpeed has stepped by now, or skipped the step for the same reason. Under fp16 an overflowing gradient is
+        normal: the scaler skips that step itself and lowers its scale. Only when the scale has fallen below 1 does an
+        overflow count as a bad step.
         """
         scaler = self.accelerator.scaler
         judged_by_scaler = scaler is not None and scaler.get_scale() >= 1
         good = bool(losses.isfinite().all()) and (judged_by_scaler or math.isfinite(grad_norm))
-        if good or scaler is not None:
+        if self.zero is None and (good or scaler is not None):
             self.optimizer.step()
         if good and not self.accelerator.optimizer_step_was_skipped:
             self.ema.update()
@@ -369,7 +391,10 @@ class Trainer:
         main = self.accelerator.is_main_process
         raw, averaged = gather(self._raw_weights(), keep=main), gather(self.ema.tensors(), keep=main)
         networks = self.whole_networks(averaged=True)
+        optimizer = None if self.zero is None else self.zero.state_dict()
         if main:
+            if optimizer is not None:
+                torch.save(optimizer, folder / "state" / OPTIMIZER_FILE)
             save_file({name: value.contiguous() for name, value in raw.items()}, folder / "state" / MODEL_FILE)
             self.ema.save(folder / "state" / EMA_FILE, averaged)
             self._export(networks, folder)
@@ -396,6 +421,8 @@ class Trainer:
             self.ema.load(checkpoint / "state" / EMA_FILE)
             for name, value in self._raw_weights().items():
                 local(value).copy_(local(sliced_like(raw[name], value)))
+            if self.zero is not None:
+                self.zero.load_state_dict(torch.load(checkpoint / "state" / OPTIMIZER_FILE, weights_only=True))
         except READ_ERRORS as error:
             raise BrokenCheckpointError(f"{checkpoint} cannot be read ({error})") from error
         self.step, self.skipped = progress["step"], progress["skipped"]

@@ -12,9 +12,9 @@ def test_the_table_measures_one_process_and_extrapolates_to_more(make_config) ->
     text = plan.plan(config, batch_sizes=[1, 2], processes=[1, 4], steps=1)
     lines = [line for line in text.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
-    kinds = [("1", "no", "measured"), ("4", "no", "extrapolated"), ("4", "fsdp2", "extrapolated")]
+    kinds = [("1", "no", "measured"), *(("4", kind, "extrapolated") for kind in ("no", "zero2", "fsdp2"))]
     assert [(row[0], row[1], row[-1]) for row in rows] == kinds * 2
-    assert [row[2] for row in rows] == ["1"] * 3 + ["2"] * 3
+    assert [row[2] for row in rows] == ["1"] * 4 + ["2"] * 4
     images = 4 * (4 * 3) * 4  # steps, groups of a step, images of a group
     for row in rows:
         assert float(row[3]) * float(row[5]) * 3600 == pytest.approx(images, rel=0.02)
@@ -26,6 +26,7 @@ def test_split_weights_need_less_memory_and_ddp_more() -> None:
     measured = Measured(batch_size=1, images_per_second=1.0, working=80 + 50)
     assert known.memory(measured, 1, "no") == 100 + 160 + 80 + 130
     assert known.memory(measured, 4, "no") == 100 + 160 + 80 + 130 + 80
+    assert known.memory(measured, 4, "zero2") == 100 + 80 + (80 + 160 + 80) // 4 + 50 + 80
     assert known.memory(measured, 4, "fsdp2") == (100 + 80 + 160 + 80) // 4 + 50 + 7
     assert known.memory(Measured(1, 1.0, None), 4, "no") is None
 

@@ -1,22 +1,26 @@
-"""Weights split over two processes that really communicate: the same run, the same files."""
+"""State split over two processes that really communicate: the same run, the same files."""
 
 import multiprocessing
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from test_train import final_tensors, losses, train
+from torch import nn
 
 from training.checkpoints import checkpoint_folders
 from training.config import ConfigError, TrainConfig, load_config, to_dict
 from training.train import Trainer
+from training.zero import ZeroEngine
 
 
 OPTIONS = {
@@ -39,22 +43,36 @@ def fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state()
 
 
+def without_compiling() -> None:
+    """On CPUs DeepSpeed compiles a faster way to communicate, for a minute; gloo does."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def run_rank(file: str, rank: int, port: int) -> None:
     """What torchrun would start: one of two processes on CPUs."""
     addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"ACCELERATE_USE_CPU": "true", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= addresses
     torch.set_num_threads(1)
-    Trainer(load_config([f"--config={file}"])).run()
+    config = load_config([f"--config={file}"])
+    if config.sharding == "zero2":
+        without_compiling()
+    Trainer(config).run()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def run_split(config: TrainConfig) -> None:
-    """The run in two new processes, each with a share of the weights."""
+    """The run in two new processes, each with a share of what is split."""
     file = Path(config.output).with_suffix(".yaml")
     file.write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training.train"])
     processes = [context.Process(target=run_rank, args=(str(file), rank, port)) for rank in range(2)]
@@ -85,10 +103,13 @@ def weights_and_averages(output: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.timeout(900)  # two short runs: seconds, but minutes where many share the processor
-def test_two_processes_with_half_of_the_weights_each_make_the_run_of_one(make_config) -> None:
+@pytest.mark.parametrize("sharding", ["fsdp2", "zero2"])
+def test_two_processes_with_half_of_the_state_each_make_the_run_of_one(make_config, sharding) -> None:
+    if sharding == "zero2":
+        pytest.importorskip("deepspeed")
     one = make_config("one", **OPTIONS)
     train(one)
-    options = OPTIONS | {"data.batch_size": 2, "sharding": "fsdp2", "gradient_checkpointing": True}
+    options = OPTIONS | {"data.batch_size": 2, "sharding": sharding, "gradient_checkpointing": True}
     two = make_config("two", **options)
     run_split(two)
     assert losses(two.output) == pytest.approx(losses(one.output), rel=1e-4)
@@ -118,3 +139,41 @@ def test_what_does_not_go_with_sharding_is_refused(make_config) -> None:
     with pytest.raises(ConfigError, match="sharding=fsdp2 does not work with mixed_precision=fp16"):
         make_config(sharding="fsdp2", mixed_precision="fp16")
     assert Trainer(make_config(sharding="fsdp2")).empty is None  # one process has nothing to share
+
+
+def test_deepspeed_that_is_missing_is_named_before_anything_is_done(make_config, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ConfigError, match=r"sharding=zero2 needs DeepSpeed: pip install"):
+        Trainer(make_config(sharding="zero2"))
+
+
+@pytest.fixture
+def zero_engine(make_config, monkeypatch) -> Iterator[tuple[ZeroEngine, nn.Linear]]:
+    """DeepSpeed around a small layer, alone in a process group."""
+    deepspeed = pytest.importorskip("deepspeed")
+    without_compiling()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    layer = nn.Linear(3, 1, bias=False)
+    yield ZeroEngine(layer, torch.optim.AdamW(layer.parameters(), lr=0.1), make_config(sharding="zero2")), layer
+    deepspeed.comm.destroy_process_group()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_zero_skips_a_bad_step_and_then_goes_on(zero_engine, bad) -> None:
+    engine, layer = zero_engine
+    engine.train()
+
+    def step(added: float) -> torch.Tensor:
+        for last in (False, True):
+            engine.backward(engine(input=torch.ones(2, 3)).sum() / 2 + added, last)
+        return engine.step()
+
+    start = layer.weight.clone()
+    assert not step(bad).isfinite()  # the gradients alone would be finite
+    assert torch.equal(layer.weight, start)
+    state = engine.state_dict()["state"]
+    assert not state
+    assert step(0.0) == pytest.approx(2 * 3**0.5)
+    assert not torch.equal(layer.weight, start)
+    assert engine.state_dict()["state"][0]["step"] == 1
