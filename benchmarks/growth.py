@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.ticker import NullLocator
 
 from transdiff_pipelines.presets import published_model
 
@@ -61,9 +62,10 @@ def point(axis: Axis, value: int, base: Setting, rounds: int) -> dict[str, Any]:
     ours = OurPipeline(setting, pipeline)
     ours.sample(1)
     clocks = [CallClock(setting.device, ours.network) for _ in range(rounds)]
+    for clock in clocks:
+        clock.time(lambda: ours.sample(setting.steps))
     with PeakMemory(setting.device) as peak:
-        for clock in clocks:
-            clock.time(lambda: ours.sample(setting.steps))
+        ours.sample(setting.steps)
     return {
         "value": value,
         "seconds": statistics.median(clock.total for clock in clocks),
@@ -82,15 +84,14 @@ def markdown(result: dict[str, Any]) -> str:
     rows = []
     for axis in result["axes"]:
         for point in axis["points"]:
-            memory = point["working_bytes"]
             rows.append([
                 axis["name"],
                 f"{point['value']} {axis['unit']}",
                 significant(point["seconds"]),
                 significant(point["cpu_seconds"]),
-                significant(memory / 1e6 if memory else None),
+                significant(point["working_bytes"] / 1e6),
                 f"{axis['time_slope']:.2f}",
-                significant(axis["memory_slope"]),
+                f"{axis['memory_slope']:.2f}",
             ])  # fmt: skip
     machine = result["machine"]
     header = ["axis", "value", "call, s", "processor time, s", "working memory, MB", "slope of time", "of memory"]
@@ -102,19 +103,24 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def figure(result: dict[str, Any]) -> Any:
-    """Time above, memory below, one column an axis, log-log."""
-    drawn, panels = plt.subplots(2, len(result["axes"]), figsize=(14, 6), squeeze=False)
+    """Time above, memory below, one column an axis, log-log, with the fitted lines."""
+    drawn, panels = plt.subplots(2, len(result["axes"]), figsize=(3.6 * len(result["axes"]), 6), squeeze=False)
     for column, axis in enumerate(result["axes"]):
         values = [point["value"] for point in axis["points"]]
-        seconds = [point[result["time"]] for point in axis["points"]]
-        memory = [point["working_bytes"] for point in axis["points"]]
-        top, bottom = panels[:, column]
-        top.loglog(values, seconds, "o-")
-        top.set(title=f"{axis['name']}: slope {axis['time_slope']:.2f}", ylabel="seconds")
-        if axis["memory_slope"] is not None:
-            bottom.loglog(values, [value / 1e6 for value in memory], "o-", color="C1")
-            bottom.set(title=f"slope {axis['memory_slope']:.2f}", ylabel="working memory, MB")
-        bottom.set_xlabel(axis["unit"])
+        quantities = [
+            ("seconds", axis["time_slope"], [point[result["time"]] for point in axis["points"]]),
+            ("working memory, MB", axis["memory_slope"], [point["working_bytes"] / 1e6 for point in axis["points"]]),
+        ]
+        for panel, (name, power, numbers) in zip(panels[:, column], quantities, strict=True):
+            fitted = [value**power for value in values]
+            scale = np.exp(np.mean(np.log(numbers)) - np.mean(np.log(fitted)))
+            panel.loglog(values, numbers, "o")
+            panel.loglog(values, [scale * value for value in fitted], "--", color="0.5", zorder=0)
+            panel.set(title=f"{axis['name']}: slope {power:.2f}", xlabel=axis["unit"])
+            panel.set_xticks(values, labels=[str(value) for value in values], minor=False)
+            panel.xaxis.set_minor_locator(NullLocator())
+            if column == 0:
+                panel.set_ylabel(name)
     drawn.tight_layout()
     return drawn
 
@@ -122,13 +128,12 @@ def figure(result: dict[str, Any]) -> Any:
 def grow(axis: Axis, base: Setting, rounds: int, time: str) -> dict[str, Any]:
     """All points of an axis and the slopes through them."""
     points = [point(axis, value, base, rounds) for value in axis.values]
-    memory = [entry["working_bytes"] for entry in points]
     return {
         "name": axis.name,
         "unit": axis.unit,
         "points": points,
         "time_slope": slope(axis.values, [entry[time] for entry in points]),
-        "memory_slope": slope(axis.values, memory) if all(memory) else None,
+        "memory_slope": slope(axis.values, [entry["working_bytes"] for entry in points]),
     }
 
 

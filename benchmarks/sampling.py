@@ -43,17 +43,16 @@ def measure(peers: Sequence[Peer], setting: Setting, rounds: int, dit_steps: int
         clock = CallClock(setting.device, peer.network)
         clock.time(partial(peer.sample, steps[peer.name]))
         first[peer.name] = clock.total
-    memory = {}
     for number in range(rounds):
         for peer in peers if number % 2 == 0 else reversed(peers):
-            with PeakMemory(setting.device) as peak:
-                clocks[peer.name][number].time(partial(peer.sample, steps[peer.name]))
-            memory[peer.name] = peak.bytes
+            clocks[peer.name][number].time(partial(peer.sample, steps[peer.name]))
     rows = []
     for peer in peers:
         row = row_of(peer, setting, steps[peer.name], clocks[peer.name], first[peer.name])
         operations = Operations.of(peer.sample, peer.network)
-        row |= {"flops_before": operations.before, "flops_step": operations.step, "working_bytes": memory[peer.name]}
+        with PeakMemory(setting.device) as peak:
+            peer.sample(1)
+        row |= {"flops_before": operations.before, "flops_step": operations.step, "working_bytes": peak.bytes}
         rows.append(row)
     return rows
 
@@ -221,7 +220,7 @@ def main_table(result: dict[str, Any]) -> str:
             significant(row["flops_step"] / num_images(row) / 1e12),
             f"{rate:.0%}",
             significant(row["weight_bytes"] / 1e9),
-            significant(row["working_bytes"] / 1e9 if row["working_bytes"] is not None else None),
+            significant(row["working_bytes"] / 1e9),
         ])  # fmt: skip
     return markdown_table(header, rows)
 

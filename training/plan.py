@@ -35,12 +35,12 @@ HEADER = "| processes | sharding | batch per process | images a second | GiB per
 @dataclass
 class Measured:
     """A batch size on this machine. `working` are the bytes of a step beside weights, optimiser and EMA: gradients,
-    activations, buffers; None where they cannot be measured.
+    activations, buffers.
     """
 
     batch_size: int
     images_per_second: float
-    working: int | None
+    working: int
 
 
 @dataclass
@@ -56,17 +56,15 @@ class Plan:
         speed = measured.images_per_second * processes
         size = self.memory(measured, processes, sharding)
         cells = [
-            processes, sharding, measured.batch_size, f"{speed:.3g}", "" if size is None else f"{size / 2**30:.3g}",
+            processes, sharding, measured.batch_size, f"{speed:.3g}", f"{size / 2**30:.3g}",
             f"{self.images / speed / 3600:.3g}", "measured" if processes == 1 else "extrapolated",
         ]  # fmt: skip
         return f"| {' | '.join(map(str, cells))} |"
 
-    def memory(self, measured: Measured, processes: int, sharding: str) -> int | None:
+    def memory(self, measured: Measured, processes: int, sharding: str) -> int:
         """Bytes per process: DDP keeps the gradients twice (its buckets); FSDP2 gathers a block while the one before
         it runs; DeepSpeed fills one bucket with gradients.
         """
-        if measured.working is None:
-            return None
         gradients = self.state["gradients"]
         beside_state = measured.working - gradients
         if processes == 1:
@@ -96,11 +94,12 @@ def measure(trainer: Trainer, batch_size: int, steps: int) -> Measured | None:
     )
     try:
         trainer.train_step([batches[0]])
+        start = trainer.watch.now()
+        for index in range(1, steps + 1):
+            trainer.train_step([batches[index]])
+        seconds = trainer.watch.now() - start
         with PeakMemory(trainer.accelerator.device) as peak:
-            start = trainer.watch.now()
-            for index in range(1, steps + 1):
-                trainer.train_step([batches[index]])
-            seconds = trainer.watch.now() - start
+            trainer.train_step([batches[steps + 1]])
     except torch.OutOfMemoryError:
         trainer.optimizer.zero_grad()
         return None
