@@ -1,7 +1,9 @@
 """The machine that a number was measured on, and time, memory and matrix products on it."""
 
+import itertools
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from datetime import date
@@ -64,19 +66,21 @@ def matrix_product_rate(device: torch.device, dtype: torch.dtype, repeats: int =
 class CallClock:
     """The time of one call, split at the entries of one of its modules, the denoising network.
 
+    A step lasts from one entry to the next. With MRAR an encoder call lies between some of them, hence the median.
+
     Moments are read from the wall clock, on a GPU from events in its own queue, so that reading them makes nobody
     wait. The processor time of the process is read beside it: on a machine shared with others, with one thread, it is
     the steadier measure.
 
     Attributes:
         total, cpu: the whole call, by the clock and in processor time; seconds, as all of these.
-        before: until the network's first entry.
-        step, cpu_step: from there to the end, divided by the number of entries.
+        step, cpu_step: the median time from one entry to the next, or to the end.
+        outside: what is left of `total` without the steps.
     """
 
     def __init__(self, device: torch.device, network: torch.nn.Module):
         self.device, self.network = device, network
-        self.total = self.cpu = self.before = self.step = self.cpu_step = 0.0
+        self.total = self.cpu = self.outside = self.step = self.cpu_step = 0.0
 
     def _moment(self) -> Any:
         if self.device.type != "cuda":
@@ -97,7 +101,7 @@ class CallClock:
 
         hook = self.network.register_forward_pre_hook(enter)
         synchronize(self.device)
-        start, cpu_start, first = time.perf_counter(), time.process_time(), self._moment()
+        start, cpu_start = time.perf_counter(), time.process_time()
         try:
             result = call()
         finally:
@@ -106,8 +110,8 @@ class CallClock:
         synchronize(self.device)
         self.total, self.cpu = time.perf_counter() - start, time.process_time() - cpu_start
         if entries:
-            entry, cpu_entry = entries[0]
-            self.before = self._seconds(first, entry)
-            self.step = self._seconds(entry, last) / len(entries)
-            self.cpu_step = (cpu_start + self.cpu - cpu_entry) / len(entries)
+            intervals = list(itertools.pairwise([*entries, (last, cpu_start + self.cpu)]))
+            self.step = statistics.median(self._seconds(entry[0], following[0]) for entry, following in intervals)
+            self.cpu_step = statistics.median(following[1] - entry[1] for entry, following in intervals)
+        self.outside = self.total - len(entries) * self.step
         return result

@@ -59,9 +59,8 @@ def measure(peers: Sequence[Peer], setting: Setting, rounds: int, dit_steps: int
 
 def row_of(peer: Peer, setting: Setting, steps: int, clocks: list[CallClock], first: float) -> dict[str, Any]:
     """The times of one peer; lists have an entry a round."""
-    before, step = (statistics.median(getattr(clock, name) for clock in clocks) for name in ("before", "step"))
+    outside, step = (statistics.median(getattr(clock, name) for clock in clocks) for name in ("outside", "step"))
     num_images = setting.model.num_images if peer.full_steps != DIT_STEPS else 1
-    # With several images, the encoder's later calls lie between steps: they are in the mean step.
     calls = num_images * peer.full_steps
     return {
         "peer": peer.name,
@@ -79,7 +78,7 @@ def row_of(peer: Peer, setting: Setting, steps: int, clocks: list[CallClock], fi
         "median_seconds": statistics.median(clock.total for clock in clocks),
         "median_step_seconds": step,
         "full_steps": peer.full_steps,
-        "full_seconds": before + calls * step,
+        "full_seconds": outside + calls * step,
         "paper_seconds": DIT_PAPER_SECONDS if peer.full_steps == DIT_STEPS else setting.model.seconds_per_image,
         "weight_bytes": peer.weight_bytes(),
     }
