@@ -10,6 +10,7 @@ and the column says so.
 import argparse
 import gc
 import itertools
+import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.ticker import LogLocator, NullLocator
 
 from transdiff_pipelines.presets import PUBLISHED, published_model
 
@@ -200,7 +202,7 @@ def main_table(result: dict[str, Any]) -> str:
     ]
     rows = []
     for row in itertools.chain.from_iterable(setting["rows"] for setting in result["settings"]):
-        rate = row["flops_step"] / row["median_step_seconds"] / num_images(row) / result["rates"][row["dtype"]]
+        rate = row["flops_step"] / row["median_step_seconds"] / num_images(row) / row["matrix_product_rate"]
         computed = "" if row["steps"] == row["full_steps"] else "computed, "
         rows.append([
             row["model"],
@@ -280,7 +282,7 @@ def markdown(result: dict[str, Any]) -> str:
         main_table(result),
         ratio_table(result),
         "Limits from operation counts:",
-        "\n".join(f"- {line}" for line in result["limits"]),
+        "\n".join(f"- {line}" for line in sorted(set(result["limits"]))),
     ]
     lines = [
         f"- {setting['rows'][0]['model']}, batch {setting['rows'][0]['batch_size']}: "
@@ -294,26 +296,40 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def figure(result: dict[str, Any]) -> Any:
-    """Seconds of a step and ratios pair by pair, one bar a row."""
+    """Seconds of a step, and ratios to ours with the limit from operations, one bar a row."""
     rows = [row for setting in result["settings"] for row in setting["rows"]]
     names = [f"{row['model']} · {row['peer']} · batch {row['batch_size']} · {row['dtype']}" for row in rows]
     names = [name + (" · compiled" if row["compiled"] else "") for name, row in zip(names, rows, strict=True)]
-    drawn, axes = plt.subplots(figsize=(9, 0.4 * len(rows) + 1))
+    drawn, (seconds, ratios) = plt.subplots(1, 2, figsize=(12, 0.3 * len(rows) + 1), sharey=True)
     colours = {peer: f"C{i}" for i, peer in enumerate(dict.fromkeys(row["peer"] for row in rows))}
-    for position, row in enumerate(rows):
-        steps = row["step_seconds"]
-        axes.barh(position, row["median_step_seconds"], color=colours[row["peer"]])
-        axes.hlines(position, min(steps), max(steps), color="black")
-    axes.set_yticks(range(len(rows)), names, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds a denoising step (median, line: all rounds)")
+    position = 0
+    for setting in result["settings"]:
+        for row, comparison in zip(setting["rows"], [None, *setting["comparisons"]], strict=True):
+            colour, steps = colours[row["peer"]], row["step_seconds"]
+            seconds.barh(position, row["median_step_seconds"], color=colour)
+            seconds.hlines(position, min(steps), max(steps), color="black")
+            if comparison is not None:
+                ratio = comparison["step_seconds"]
+                ratios.plot(ratio["median"], position, "o", color=colour)
+                ratios.hlines(position, ratio["min"], ratio["max"], color=colour)
+                ratios.plot(comparison["operations_step"], position, "|", color="black", markersize=14)
+            position += 1
+    seconds.set_yticks(range(len(rows)), names, fontsize=8)
+    seconds.invert_yaxis()
+    seconds.set(xscale="log", xlabel="seconds a denoising step (median, line: all rounds)")
+    seconds.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    seconds.xaxis.set_major_formatter("{x:g}")
+    seconds.xaxis.set_minor_locator(NullLocator())
+    ratios.axvline(1, color="0.7", zorder=0)
+    ratios.set_xlabel("times ours (median, line: all pairs; |: limit by operations)")
+    drawn.tight_layout()
     return drawn
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(PUBLISHED), help="published models, by folder name")
+    parser.add_argument("--models", nargs="*", default=list(PUBLISHED), help="published models, by folder name")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32"])
     parser.add_argument("--compile", nargs="+", choices=["off", "on"], default=["off"])
@@ -323,6 +339,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dit", action="store_true", help="compare with diffusers' DiT-XL/2")
     parser.add_argument("--dit-steps", type=int, default=DIT_STEPS, help="denoising steps to run of DiT")
     parser.add_argument("--decode", action="store_true", help="time the VAE too")
+    parser.add_argument(
+        "--earlier", type=Path, nargs="*", default=[], help="JSON files of earlier runs, shown in the same tables"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="processor threads; all by default")
     parser.add_argument("--output", type=Path, required=True, help="results go to OUTPUT.json, .md and .png")
@@ -335,24 +354,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    settings = settings_of(options)
+    rates = {name: matrix_product_rate(device, DTYPES[name]) for name in options.dtypes}
+    earlier = [json.loads(path.read_text(encoding="utf-8")) for path in options.earlier]
     result: dict[str, Any] = {
         "command": command_line("benchmarks.sampling"),
         "machine": describe(device),
-        "rates": {name: matrix_product_rate(device, DTYPES[name]) for name in options.dtypes},
-        "limits": sorted({
-            limit_arithmetic(setting.model.size, setting.model.latent_size**2) for setting in settings
-        }),
-        "settings": [],
-    }  # fmt: skip
-    for setting in settings:
+        "rates": rates,
+        "limits": [limit for run in earlier for limit in run["limits"]],
+        "settings": [setting for run in earlier for setting in run["settings"]],
+    }
+    for setting in settings_of(options):
         print(f"{setting.model.folder}, batch {setting.batch_size}, {setting.dtype}, compiled {setting.compiled}")
-        result["settings"].append(run_setting(setting, options))
-        # Written after every setting: a long run that ends early leaves what it has measured.
-        write_json(options.output.with_suffix(".json"), result)
-        write_text(options.output.with_suffix(".md"), markdown(result))
-        save_figure(figure(result), options.output.with_suffix(".png"))
+        measured = run_setting(setting, options)
+        for row in measured["rows"]:
+            row["matrix_product_rate"] = rates[row["dtype"]]
+        result["settings"].append(measured)
+        result["limits"].append(limit_arithmetic(setting.model.size, setting.model.latent_size**2))
+        write(result, options.output)  # a long run that ends early leaves what it has measured
+    write(result, options.output)
     print(markdown(result))
+
+
+def write(result: dict[str, Any], output: Path) -> None:
+    """The JSON file, the tables and the plot."""
+    write_json(output.with_suffix(".json"), result)
+    write_text(output.with_suffix(".md"), markdown(result))
+    save_figure(figure(result), output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -262,6 +262,12 @@ class TestCommands:
         assert "transdiff_b_mrar" in (tmp_path / "run.md").read_text()
         assert (tmp_path / "run.png").stat().st_size > 0
 
+        earlier = ["--models", "--earlier", str(tmp_path / "run.json")]
+        sampling.main([*earlier, "--output", str(tmp_path / "again")])
+        assert json.loads((tmp_path / "again.json").read_text())["settings"] == result["settings"]
+        tables = [(tmp_path / name).read_text().split("\n\n")[2:] for name in ("run.md", "again.md")]
+        assert tables[0] == tables[1]
+
     def test_peers_are_compared_pair_by_pair(self):
         rows = [
             {"peer": name, "model": "m", "batch_size": 1, "dtype": "float32", "compiled": False, "steps": steps}
