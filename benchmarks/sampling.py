@@ -164,6 +164,8 @@ def run_setting(setting: Setting, options: argparse.Namespace) -> dict[str, Any]
 
 def settings_of(options: argparse.Namespace) -> list[Setting]:
     """All combinations asked for."""
+    if options.steps < 2 and any(published_model(name).num_images > 1 for name in options.models):
+        raise SystemExit("benchmarks.sampling: --steps must be at least 2 with MRAR, to tell steps from encoder calls")
     return [
         Setting(
             published_model(name),
@@ -201,8 +203,9 @@ def main_table(result: dict[str, Any]) -> str:
         "working memory, GB",
     ]
     rows = []
-    for row in itertools.chain.from_iterable(setting["rows"] for setting in result["settings"]):
-        rate = row["flops_step"] / row["median_step_seconds"] / num_images(row) / row["matrix_product_rate"]
+    pairs = [(entry, row) for entry in result["settings"] for row in entry["rows"]]
+    for setting, row in pairs:
+        rate = row["flops_step"] / row["median_step_seconds"] / num_images(row) / setting["matrix_product_rate"]
         computed = "" if row["steps"] == row["full_steps"] else "computed, "
         rows.append([
             row["model"],
@@ -273,16 +276,13 @@ def _ratio(ratio: dict[str, float] | None) -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     """The tables of a run with what it takes to understand them."""
-    machine = result["machine"]
-    rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in result["rates"].items())
     parts = [
         f"`{result['command']}`",
-        f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, torch {machine['torch']}, "
-        f"{machine['date']}; matrix products: {rates}; load average at the start {machine['load_average'][0]:.1f}.",
+        "\n".join(dict.fromkeys(f"- {machine_line(setting)}" for setting in result["settings"])),
         main_table(result),
         ratio_table(result),
         "Limits from operation counts:",
-        "\n".join(f"- {line}" for line in sorted(set(result["limits"]))),
+        "\n".join(dict.fromkeys(f"- {setting['limit']}" for setting in result["settings"])),
     ]
     lines = [
         f"- {setting['rows'][0]['model']}, batch {setting['rows'][0]['batch_size']}: "
@@ -293,6 +293,16 @@ def markdown(result: dict[str, Any]) -> str:
     if lines:
         parts += ["Decoding latents to pixels, not in the calls above:", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def machine_line(setting: dict[str, Any]) -> str:
+    """Where and when a setting was measured."""
+    machine = setting["machine"]
+    return (
+        f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, torch {machine['torch']}, "
+        f"{machine['date']}; matrix products: {setting['matrix_product_rate'] / 1e9:.0f} GFLOP/s in "
+        f"{setting['rows'][0]['dtype']}; load average at the start {machine['load_average'][0]:.1f}."
+    )
 
 
 def figure(result: dict[str, Any]) -> Any:
@@ -355,21 +365,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     rates = {name: matrix_product_rate(device, DTYPES[name]) for name in options.dtypes}
-    earlier = [json.loads(path.read_text(encoding="utf-8")) for path in options.earlier]
-    result: dict[str, Any] = {
-        "command": command_line("benchmarks.sampling"),
-        "machine": describe(device),
-        "rates": rates,
-        "limits": [limit for run in earlier for limit in run["limits"]],
-        "settings": [setting for run in earlier for setting in run["settings"]],
-    }
+    result: dict[str, Any] = {"command": command_line("benchmarks.sampling"), "settings": []}
+    for path in options.earlier:
+        result["settings"] += json.loads(path.read_text(encoding="utf-8"))["settings"]
     for setting in settings_of(options):
         print(f"{setting.model.folder}, batch {setting.batch_size}, {setting.dtype}, compiled {setting.compiled}")
-        measured = run_setting(setting, options)
-        for row in measured["rows"]:
-            row["matrix_product_rate"] = rates[row["dtype"]]
-        result["settings"].append(measured)
-        result["limits"].append(limit_arithmetic(setting.model.size, setting.model.latent_size**2))
+        surroundings = {
+            "machine": describe(device),
+            "matrix_product_rate": rates[str(setting.dtype).removeprefix("torch.")],
+            "limit": limit_arithmetic(setting.model.size, setting.model.latent_size**2),
+        }
+        result["settings"].append(surroundings | run_setting(setting, options))
         write(result, options.output)  # a long run that ends early leaves what it has measured
     write(result, options.output)
     print(markdown(result))

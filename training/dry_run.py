@@ -92,7 +92,8 @@ def state_per_process(state: dict[str, int], sharding: str, processes: int) -> d
     share = {use: size // processes for use, size in state.items()}
     if sharding == "fsdp2":
         return share
-    if sharding == "zero2":  # AdamW steps a copy of its share of the trained weights, which then goes to all processes
+    if sharding == "zero2" and processes > 1:
+        # AdamW steps a copy of its share of the trained weights, which then goes to all processes
         copied = state["weights"] + share["gradients"]
         return state | {"weights": copied, "gradients": share["gradients"], "optimiser": share["optimiser"]}
     return state

@@ -131,7 +131,7 @@ class Stopwatch:
 class PeakMemory:
     """`with PeakMemory(device) as peak: …` then `peak.bytes`: the most memory in use above what was before.
 
-    On a CPU torch's profiler counts what torch allocates, which takes time: nothing in the block should be timed.
+    On a CPU torch's profiler counts what is allocated in the block, which takes time: nothing in it should be timed.
     """
 
     def __init__(self, device: torch.device):

@@ -133,8 +133,8 @@ class Trainer:
         self.zero: ZeroEngine | None = None
         sharding = self.config.sharding if self.accelerator.num_processes > 1 else "no"
         if sharding == "zero2":
-            module.to(self.accelerator.device)
-            self.zero = ZeroEngine(module, build_optimizer(module, self.config.optimizer), self.config)
+            optimizer = build_optimizer(module, self.config.optimizer)
+            self.zero = ZeroEngine(module, optimizer, self.config, self.accelerator.device)
             self.model = self.optimizer = self.zero
         elif sharding == "fsdp2":
             self.empty = empty_copy(module)
@@ -251,7 +251,7 @@ class Trainer:
                 self._backward(losses.mean())
                 total = total + losses.detach() / len(micro_batches)
                 if self.accelerator.sync_gradients:
-                    grad_norm = self._clip()
+                    grad_norm = self._clip_or_step()
         losses = self.accelerator.reduce(total, reduction="mean")
         self._update(losses, float(grad_norm))
         return losses, float(grad_norm)
@@ -262,7 +262,7 @@ class Trainer:
         else:
             self.accelerator.backward(loss)
 
-    def _clip(self) -> torch.Tensor:
+    def _clip_or_step(self) -> torch.Tensor:
         """Clip the gradients and return their norm before; DeepSpeed also steps, in the same call."""
         if self.zero is not None:
             return self.zero.step()
@@ -391,7 +391,7 @@ class Trainer:
         main = self.accelerator.is_main_process
         raw, averaged = gather(self._raw_weights(), keep=main), gather(self.ema.tensors(), keep=main)
         networks = self.whole_networks(averaged=True)
-        optimizer = None if self.zero is None else self.zero.state_dict()
+        optimizer = None if self.zero is None else self.zero.state_dict(keep=main)
         if main:
             if optimizer is not None:
                 torch.save(optimizer, folder / "state" / OPTIMIZER_FILE)
@@ -422,7 +422,8 @@ class Trainer:
             for name, value in self._raw_weights().items():
                 local(value).copy_(local(sliced_like(raw[name], value)))
             if self.zero is not None:
-                self.zero.load_state_dict(torch.load(checkpoint / "state" / OPTIMIZER_FILE, weights_only=True))
+                file = checkpoint / "state" / OPTIMIZER_FILE
+                self.zero.load_state_dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
         except READ_ERRORS as error:
             raise BrokenCheckpointError(f"{checkpoint} cannot be read ({error})") from error
         self.step, self.skipped = progress["step"], progress["skipped"]

@@ -6,7 +6,10 @@ checkpoints hold whole tensors, the same files as those of one process.
 
 from __future__ import annotations
 
-import logging
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,12 +29,8 @@ def check_deepspeed(config: TrainConfig) -> None:
     Raises:
         ConfigError: if the run asks for DeepSpeed and it is not installed.
     """
-    if config.sharding != "zero2":
-        return
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError as error:
-        raise ConfigError('sharding=zero2 needs DeepSpeed: pip install -e ".[deepspeed]"') from error
+    if config.sharding == "zero2" and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError('sharding=zero2 needs DeepSpeed: pip install -e ".[deepspeed]"')
 
 
 class ZeroEngine:
@@ -41,19 +40,23 @@ class ZeroEngine:
         module: whole and in float32, on every process; its parameters stay where they are and are stepped in place.
         optimizer: AdamW over the parameters to be trained.
         config: batch size, greatest gradient norm and mixed precision are read.
+        device: where the run computes. DeepSpeed would take a GPU wherever it sees one.
     """
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, device: torch.device
+    ) -> None:
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
         import deepspeed
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        self.numbers = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+        self.parameter_numbers = [group["params"] for group in optimizer.state_dict()["param_groups"]]
         self.parameters = [value for group in optimizer.param_groups for value in group["params"]]
         self.engine, self.sharded, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, dist_init_required=False, config=deepspeed_config(config)
         )
         self.adamw: torch.optim.Optimizer = self.sharded.optimizer
         self.param_groups = self.adamw.param_groups
+        # AdamW steps these, flat: the process's share of the weights of each group, copied
         self.slices = [part for group in self.param_groups for part in group["params"]]
 
     def __call__(self, **batch: Tensor) -> Tensor:
@@ -81,22 +84,35 @@ class ZeroEngine:
     def zero_grad(self) -> None:
         """`step` has done it."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """The optimiser's state as one process would write it; all processes call this together."""
+    @contextmanager
+    def _slices_lent(self) -> Iterator[list[Tensor]]:
+        """The slices to put other numbers in; afterwards they are the weights again."""
+        try:
+            yield self.slices
+        finally:
+            self.sharded.refresh_fp32_params()
+
+    def state_dict(self, keep: bool) -> dict[str, Any]:
+        """The optimiser's state as one process would write it, on the CPU of the processes that `keep` it; all call
+        this together.
+        """
         from deepspeed.utils import safe_get_full_fp32_param
 
         rows: dict[int, dict[str, Tensor]] = {}
         if self.adamw.state:
-            step = self.adamw.state[self.slices[0]]["step"]
-            rows = {number: {"step": step.detach().clone().cpu()} for number in range(len(self.parameters))}
-            for name in MOMENTS:
-                # DeepSpeed gathers what stands in the place of the weights
-                for part in self.slices:
-                    part.data.copy_(self.adamw.state[part][name])
-                for number, parameter in enumerate(self.parameters):
-                    rows[number][name] = safe_get_full_fp32_param(parameter).cpu()
-            self.sharded.refresh_fp32_params()
-        settings = zip(self.param_groups, self.numbers, strict=True)
+            step = self.adamw.state[self.slices[0]]["step"].detach().cpu()
+            rows = {number: {"step": step.clone()} for number in range(len(self.parameters))}
+            # DeepSpeed gathers the slices, whatever they hold; what it links to them of AdamW's state exists for the
+            # first group alone until the second step
+            with self._slices_lent() as slices:
+                for name in MOMENTS:
+                    for part in slices:
+                        part.data.copy_(self.adamw.state[part][name])
+                    for number, parameter in enumerate(self.parameters):
+                        gathered = safe_get_full_fp32_param(parameter)
+                        if keep:
+                            rows[number][name] = gathered.cpu()
+        settings = zip(self.param_groups, self.parameter_numbers, strict=True)
         return {"state": rows, "param_groups": [group | {"params": numbers} for group, numbers in settings]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -105,16 +121,17 @@ class ZeroEngine:
         """
         from deepspeed.utils import safe_set_full_fp32_param
 
-        if state["state"]:
-            step = state["state"][0]["step"]
-            for part in self.slices:
-                self.adamw.state[part] = {"step": step.clone()}
-            for name in MOMENTS:
+        rows = state["state"]
+        with self._slices_lent() as slices:
+            for group in self.param_groups if rows else ():
+                for part in group["params"]:
+                    step = rows[0]["step"].clone()
+                    self.adamw.state[part] = {"step": step.to(part.device) if group["fused"] else step}
+            for name in MOMENTS if rows else ():
                 for number, parameter in enumerate(self.parameters):
-                    safe_set_full_fp32_param(parameter, state["state"][number][name].to(parameter.device))
-                for part in self.slices:
+                    safe_set_full_fp32_param(parameter, rows[number][name].to(parameter.device))
+                for part in slices:
                     self.adamw.state[part][name] = part.detach().clone()
-        self.sharded.refresh_fp32_params()
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
@@ -124,11 +141,10 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optimizer.max_grad_norm,
         "zero_optimization": {"stage": 2, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET},
-        "zero_allow_untested_optimizer": True,  # torch's AdamW, as everywhere else
-        "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {
             "enabled": config.mixed_precision == "bf16",
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],  # gradients are averaged in float32, as without DeepSpeed
         },
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU at every step
     }

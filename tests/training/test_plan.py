@@ -4,7 +4,9 @@ import pytest
 
 from training import plan
 from training.config import ConfigError
+from training.dry_run import state_per_process
 from training.plan import Measured, Plan
+from training.zero import BUCKET
 
 
 def test_the_table_measures_one_process_and_extrapolates_to_more(make_config) -> None:
@@ -26,7 +28,8 @@ def test_split_weights_need_less_memory_and_ddp_more() -> None:
     measured = Measured(batch_size=1, images_per_second=1.0, working=80 + 50)
     assert known.memory(measured, 1, "no") == 100 + 160 + 80 + 130
     assert known.memory(measured, 4, "no") == 100 + 160 + 80 + 130 + 80
-    assert known.memory(measured, 4, "zero2") == 100 + 80 + (80 + 160 + 80) // 4 + 50 + 80
+    assert known.memory(measured, 4, "zero2") == 100 + 80 + (80 + 160 + 80) // 4 + 50 + (4 * BUCKET + 80)
+    assert state_per_process(known.state, "zero2", 1) == state_per_process(known.state, "no", 4) == known.state
     assert known.memory(measured, 4, "fsdp2") == (100 + 80 + 160 + 80) // 4 + 50 + 7
 
 

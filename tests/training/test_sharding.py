@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -129,6 +130,14 @@ def test_two_processes_with_half_of_the_state_each_make_the_run_of_one(make_conf
     assert expected.keys() == final_tensors(one.output).keys()  # the optimiser's too
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     shutil.rmtree(checkpoint_folders(Path(again.output))[-1])
+
+    # and in two processes what one has written
+    handed = make_config("handed", **options)
+    shutil.copytree(one.output, handed.output)
+    shutil.rmtree(checkpoint_folders(Path(handed.output))[-1])
+    run_split(handed)
+    assert_close(states[0], weights_and_averages(handed.output))
+
     alone = Trainer(make_config("again", **OPTIONS))
     assert alone.step == 2
     alone.run()
@@ -155,8 +164,11 @@ def zero_engine(make_config, monkeypatch) -> Iterator[tuple[ZeroEngine, nn.Linea
     monkeypatch.setenv("LOCAL_RANK", "0")
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
     layer = nn.Linear(3, 1, bias=False)
-    yield ZeroEngine(layer, torch.optim.AdamW(layer.parameters(), lr=0.1), make_config(sharding="zero2")), layer
-    deepspeed.comm.destroy_process_group()
+    adamw, config = torch.optim.AdamW(layer.parameters(), lr=0.1), make_config(sharding="zero2")
+    try:
+        yield ZeroEngine(layer, adamw, config, torch.device("cpu")), layer
+    finally:
+        deepspeed.comm.destroy_process_group()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -172,8 +184,25 @@ def test_zero_skips_a_bad_step_and_then_goes_on(zero_engine, bad) -> None:
     start = layer.weight.clone()
     assert not step(bad).isfinite()  # the gradients alone would be finite
     assert torch.equal(layer.weight, start)
-    state = engine.state_dict()["state"]
-    assert not state
+    assert not engine.state_dict(keep=True)["state"]
     assert step(0.0) == pytest.approx(2 * 3**0.5)
     assert not torch.equal(layer.weight, start)
-    assert engine.state_dict()["state"][0]["step"] == 1
+    assert engine.state_dict(keep=True)["state"][0]["step"] == 1
+
+
+def test_a_save_that_fails_leaves_the_run_as_it_was(zero_engine, monkeypatch) -> None:
+    engine, layer = zero_engine
+    engine.param_groups[0]["lr"] = 0.0
+    engine.param_groups[0]["weight_decay"] = 0.0
+
+    def step() -> None:
+        engine.backward(engine(input=torch.ones(2, 3)).sum(), last=True)
+        engine.step()
+
+    step()
+    start = layer.weight.clone()
+    monkeypatch.setattr("deepspeed.utils.safe_get_full_fp32_param", mock.Mock(side_effect=RuntimeError("full")))
+    with pytest.raises(RuntimeError, match="full"):
+        engine.state_dict(keep=True)
+    step()
+    assert torch.equal(layer.weight, start)
