@@ -1,6 +1,5 @@
 """The machine that a number was measured on, and time, memory and matrix products on it."""
 
-import itertools
 import os
 import platform
 import statistics
@@ -66,20 +65,25 @@ def matrix_product_rate(device: torch.device, dtype: torch.dtype, repeats: int =
 class CallClock:
     """The time of one call, split at the entries of one of its modules, the denoising network.
 
-    A step lasts from one entry to the next. With MRAR an encoder call lies between some of them, hence the median.
+    A step lasts from one entry to the next, the last one of an image left out: with MRAR an encoder call follows it.
 
     Moments are read from the wall clock, on a GPU from events in its own queue, so that reading them makes nobody
     wait. The processor time of the process is read beside it: on a machine shared with others, with one thread, it is
     the steadier measure.
 
+    Args:
+        device: where the call computes.
+        network: the module; it is entered as often for each image.
+        num_images: images of a sequence, made one after the other.
+
     Attributes:
         total, cpu: the whole call, by the clock and in processor time; seconds, as all of these.
-        step, cpu_step: the median time from one entry to the next, or to the end.
+        step, cpu_step: the median of an image's steps, averaged over the images, whose conditions differ in length.
         outside: what is left of `total` without the steps.
     """
 
-    def __init__(self, device: torch.device, network: torch.nn.Module):
-        self.device, self.network = device, network
+    def __init__(self, device: torch.device, network: torch.nn.Module, num_images: int = 1):
+        self.device, self.network, self.num_images = device, network, num_images
         self.total = self.cpu = self.outside = self.step = self.cpu_step = 0.0
 
     def _moment(self) -> Any:
@@ -91,6 +95,11 @@ class CallClock:
 
     def _seconds(self, start: Any, end: Any) -> float:
         return start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
+
+    def _mean_step(self, seconds: list[float]) -> float:
+        steps = len(seconds) // self.num_images
+        images = [seconds[start : start + max(1, steps - 1)] for start in range(0, len(seconds), steps)]
+        return statistics.mean(statistics.median(image) for image in images)
 
     def time(self, call: Callable[[], Any]) -> Any:
         """Run `call` and set the attributes; returns what it returns."""
@@ -110,8 +119,9 @@ class CallClock:
         synchronize(self.device)
         self.total, self.cpu = time.perf_counter() - start, time.process_time() - cpu_start
         if entries:
-            intervals = list(itertools.pairwise([*entries, (last, cpu_start + self.cpu)]))
-            self.step = statistics.median(self._seconds(entry[0], following[0]) for entry, following in intervals)
-            self.cpu_step = statistics.median(following[1] - entry[1] for entry, following in intervals)
+            ends = [*entries[1:], (last, cpu_start + self.cpu)]
+            pairs = list(zip(entries, ends, strict=True))
+            self.step = self._mean_step([self._seconds(entry[0], end[0]) for entry, end in pairs])
+            self.cpu_step = self._mean_step([end[1] - entry[1] for entry, end in pairs])
         self.outside = self.total - len(entries) * self.step
         return result

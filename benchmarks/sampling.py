@@ -38,11 +38,11 @@ RATIOS = ("seconds", "step_seconds", "cpu_seconds", "cpu_step_seconds")
 
 def measure(peers: Sequence[Peer], setting: Setting, rounds: int, dit_steps: int) -> list[dict[str, Any]]:
     """A row for each peer; in each round everyone is called once, the order turned round from one to the next."""
-    clocks = {peer.name: [CallClock(setting.device, peer.network) for _ in range(rounds)] for peer in peers}
+    clocks = {peer.name: [clock_of(peer, setting) for _ in range(rounds)] for peer in peers}
     steps = {peer.name: dit_steps if peer.full_steps == DIT_STEPS else setting.steps for peer in peers}
     first = {}
     for peer in peers:
-        clock = CallClock(setting.device, peer.network)
+        clock = clock_of(peer, setting)
         clock.time(partial(peer.sample, steps[peer.name]))
         first[peer.name] = clock.total
     for number in range(rounds):
@@ -59,10 +59,19 @@ def measure(peers: Sequence[Peer], setting: Setting, rounds: int, dit_steps: int
     return rows
 
 
+def images_of(peer: Peer, setting: Setting) -> int:
+    """How many images the peer makes one after the other."""
+    return setting.model.num_images if peer.full_steps != DIT_STEPS else 1
+
+
+def clock_of(peer: Peer, setting: Setting) -> CallClock:
+    return CallClock(setting.device, peer.network, images_of(peer, setting))
+
+
 def row_of(peer: Peer, setting: Setting, steps: int, clocks: list[CallClock], first: float) -> dict[str, Any]:
     """The times of one peer; lists have an entry a round."""
     outside, step = (statistics.median(getattr(clock, name) for clock in clocks) for name in ("outside", "step"))
-    num_images = setting.model.num_images if peer.full_steps != DIT_STEPS else 1
+    num_images = images_of(peer, setting)
     calls = num_images * peer.full_steps
     return {
         "peer": peer.name,

@@ -47,11 +47,12 @@ class Calls(torch.nn.Module):
 class TestMachine:
     def test_a_clock_splits_a_call_at_the_networks_entries(self, monkeypatch):
         network = Calls()
-        clock = CallClock(CPU, network)
-        seconds = iter([0, 2, 9, 20, 30, 41])  # start, three entries, end, and when a GPU would be done
+        clock = CallClock(CPU, network, num_images=2)
+        # start; of two images the entries, with what follows each: 7, 7, 90 and 9, 13, 60; when a GPU would be done
+        seconds = iter([0, 2, 9, 16, 106, 115, 128, 188, 188])
         monkeypatch.setattr("time.perf_counter", lambda: next(seconds))
-        assert clock.time(lambda: [network(torch.zeros(8)) for _ in range(3)][-1].sum()) == 0
-        assert (clock.step, clock.total, clock.outside) == (10, 41, 11)
+        assert clock.time(lambda: [network(torch.zeros(8)) for _ in range(6)][-1].sum()) == 0
+        assert (clock.step, clock.total, clock.outside) == (9, 188, 188 - 6 * 9)
         assert not network._forward_pre_hooks
 
     def test_peak_memory_sees_what_is_freed_again(self):
