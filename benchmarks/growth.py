@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from transdiff_pipelines.presets import published_model
 
@@ -104,7 +104,8 @@ def markdown(result: dict[str, Any]) -> str:
 
 def figure(result: dict[str, Any]) -> Any:
     """Time above, memory below, one column an axis, log-log, with the fitted lines."""
-    drawn, panels = plt.subplots(2, len(result["axes"]), figsize=(3.6 * len(result["axes"]), 6), squeeze=False)
+    columns = len(result["axes"])
+    drawn, panels = plt.subplots(2, columns, figsize=(3 * columns, 5.5), squeeze=False, sharey="row")
     for column, axis in enumerate(result["axes"]):
         values = [point["value"] for point in axis["points"]]
         quantities = [
@@ -118,7 +119,10 @@ def figure(result: dict[str, Any]) -> Any:
             panel.loglog(values, [scale * value for value in fitted], "--", color="0.5", zorder=0)
             panel.set(title=f"{axis['name']}: slope {power:.2f}", xlabel=axis["unit"])
             panel.set_xticks(values, labels=[str(value) for value in values], minor=False)
-            panel.xaxis.set_minor_locator(NullLocator())
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            for scaled in (panel.xaxis, panel.yaxis):
+                scaled.set_minor_locator(NullLocator())
             if column == 0:
                 panel.set_ylabel(name)
     drawn.tight_layout()
