@@ -143,6 +143,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
         else:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would announce itself in the terminal
             self._profiler = torch.profiler.profile(
                 activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
             )
