@@ -296,7 +296,8 @@ def report(cache: LatentCache) -> str:
         f"{size / len(cache):,.0f} bytes per image",
         f"latents {cache.latent_shape}: std {std:.4f}, mean {mean:.4f}; as trained on, std {scaled[0]:.4f}, mean "
         f"{scaled[1]:.4f} (about 1 and 0 are wanted), with the VAE's scaling factor {cache.scaling_factor:.4f} and "
-        f"shift factor {cache.shift_factor:.4f}. For these images a scaling factor of {1 / std:.4f} would give std 1",
+        f"shift factor {cache.shift_factor:.4f}. For these images a scaling factor of {1 / std:.4f} would give std 1; "
+        "to train from scratch, that is: a pipeline to start from knows the latents of its own VAE",
     ]
     if skipped:
         named = [f"  {name}: {reason}" for name, reason in skipped[:20]]

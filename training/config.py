@@ -115,7 +115,9 @@ class DataConfig:
     )
     min_side: int = option(8, "images with a shorter side of fewer pixels are skipped; others are enlarged")
     vae: str = option(
-        "", "AutoencoderKL: a folder, or a Hub name with a sub-folder or none (org/name/vae); the pipeline gets it too"
+        "",
+        "AutoencoderKL: a folder, or a Hub name with a sub-folder or none (org/name/vae); unset: that of "
+        "model.start_from. The finished pipeline gets it too",
     )
     cache: str = option("", "folder of the latent cache: written by cache_latents, read by train")
     image_size: int = option(256, "side in pixels after the centre crop")
@@ -133,10 +135,9 @@ class DataConfig:
     workers: int = option(0, "processes that prepare batches ahead; 0: the training process itself")
 
     def __post_init__(self) -> None:
-        require(bool(self.vae), "data.vae is missing: the folder of the AutoencoderKL")
         require(bool(self.cache), "data.cache is missing: the folder of the latent cache")
         both = self.images is not None and self.dataset is not None
-        require(not both, "data.images and data.dataset are both set: set one")
+        require(not both, "data.images and data.dataset are both set: set one to null")
         require(self.dataset is not None or not self.streaming, "data.streaming needs data.dataset")
         names = self.classes
         require(names is None or len(set(names)) == len(names) > 0, "data.classes must hold names, each only once")
@@ -236,7 +237,7 @@ class CheckpointConfig:
 @dataclass
 class PreviewConfig:
     every: int | None = option(5000, "optimiser steps between preview grids of EMA and raw weights; null: none")
-    labels: list[int] = option([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], "class indices, one column each")
+    labels: list[int] | None = option(None, "class indices, one column each; null: the first ten classes")
     rows: int = option(4, "images per class")
     num_inference_steps: int = option(50, "sampler steps of a preview")
 
@@ -267,15 +268,15 @@ class ValidationConfig:
 
 @dataclass
 class SamplingConfig:
-    """What the finished pipeline recommends; the previews use it too."""
+    """What the finished pipeline recommends; the previews use it too. null: as model.start_from, or 1.3, 1 and 1."""
 
-    guidance_scale: float = option(1.3, "recommended classifier-free guidance")
-    drift_scale: float = option(1.0, "scheduler: scale of the SDE's drift")
-    diffusion_scale: float = option(1.0, "scheduler: scale of the SDE's noise")
+    guidance_scale: float | None = option(None, "recommended classifier-free guidance")
+    drift_scale: float | None = option(None, "scheduler: scale of the SDE's drift")
+    diffusion_scale: float | None = option(None, "scheduler: scale of the SDE's noise")
 
     def __post_init__(self) -> None:
-        for name in ("guidance_scale", "drift_scale", "diffusion_scale"):
-            require(getattr(self, name) >= 0, f"sampling.{name} is {getattr(self, name)}; it must be 0 or more")
+        for name, value in vars(self).items():
+            require(value is None or value >= 0, f"sampling.{name} is {value}; it must be 0 or more, or null")
 
 
 @dataclass
@@ -322,6 +323,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(bool(self.output), "output is missing: the folder of the run")
         start = self.model.start_from
+        if not self.data.vae and start is not None:
+            self.data.vae = f"{start}/vae"
+        require(bool(self.data.vae), "data.vae is missing: the folder or Hub name of an AutoencoderKL")
         require(self.lora.rank is None or start is not None, "lora.rank needs model.start_from: a pipeline to adapt")
         unsplit = {
             "lora.rank": self.lora.rank is not None,

@@ -71,7 +71,7 @@ def schedule(trainer: Trainer) -> list[str]:
         f"{processes} process(es) x {trainer.accumulation} accumulation step(s)",
         f"schedule: {rate.total_steps} steps, {epochs:.1f} epochs of {batches.groups_per_epoch} groups; learning "
         f"rate {rate.peak:g} after {rate.warmup_steps} warm-up steps, then {rate.decay}",
-        f"next step: {trainer.step + 1}",
+        f"next step: {trainer.step + 1}" if trainer.step < rate.total_steps else "nothing is left to do",
     ]
 
 

@@ -129,11 +129,23 @@ def shorten(value: Any) -> str:
 
 
 def load_vae(name: str) -> AutoencoderKL:
-    """The VAE of a folder, or of a Hub repository `org/name`, perhaps in a sub-folder: `org/name/vae`."""
+    """The VAE of a folder, or of a Hub repository `org/name`, perhaps in a sub-folder: `org/name/vae`.
+
+    Raises:
+        CacheError: if it is in neither place.
+    """
     repository, _, subfolder = name.rpartition("/")
-    if Path(name).exists() or repository.count("/") != 1:
+    is_nested = not Path(name).exists() and repository.count("/") == 1
+    try:
+        if is_nested:
+            return AutoencoderKL.from_pretrained(repository, subfolder=subfolder)
         return AutoencoderKL.from_pretrained(name)
-    return AutoencoderKL.from_pretrained(repository, subfolder=subfolder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CacheError(
+            f"data.vae {name!r} cannot be loaded: neither a folder with an AutoencoderKL here, nor to be had from the "
+            f"Hub ({reason})"
+        ) from error
 
 
 def module_fingerprint(module: torch.nn.Module, config: dict[str, Any]) -> str:

@@ -62,6 +62,9 @@ class MetricsLog:
             label = f"held-out images, {name.replace('ema', 'averaged')} weights"
             axes.plot([line["step"] for line in held_out], values, ".-", color=colour, label=label)
         axes.grid(alpha=0.3, which="both")
+        if max(losses) < 10 * min(losses):  # within a decade powers of ten say little
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
         axes.legend()
         temporary = self.path.with_name(".loss.partial.png")
         figure.savefig(temporary, dpi=120)
@@ -90,12 +93,13 @@ def image_grid(images: list[Image.Image], columns: int, gap: int = 2) -> Image.I
 def save_preview(pipeline: TransDiffPipeline, preview: PreviewConfig, seed: int, path: Path) -> Image.Image:
     """A grid with one column per label, always from the same noise, so that previews of a run can be compared."""
     pipeline.set_progress_bar_config(disable=True)
-    labels = preview.labels * preview.rows
+    columns = preview.labels or []
     generator = torch.Generator().manual_seed(seed)
-    images = pipeline(labels, num_inference_steps=preview.num_inference_steps, generator=generator).images
+    labels, steps = columns * preview.rows, preview.num_inference_steps
+    images = pipeline(labels, num_inference_steps=steps, generator=generator).images
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.partial.png")
-    grid = image_grid(images, len(preview.labels))
+    grid = image_grid(images, len(columns))
     grid.save(temporary)
     os.replace(temporary, path)
     return grid

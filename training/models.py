@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from transdiff_pipelines import (
 from transdiff_pipelines.models.ar_condition_encoder import group_sizes
 from transdiff_pipelines.pipelines.class_set import match_classes, resize_class_embedding
 
-from .config import ConfigError, LoraConfig, ModelConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from .config import ConfigError, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
 from .inherit import DECODER_RULES, ENCODER_RULES, inherit, table
 from .latent_cache import LatentCache
 from .lora import add_adapters
 from .loss import prefix_losses
+
+
+DEFAULT_SAMPLING = {"guidance_scale": 1.3, "drift_scale": 1.0, "diffusion_scale": 1.0}
 
 
 class TrainingModel(nn.Module):
@@ -275,12 +279,24 @@ def build_optimizer(built: TrainingModel, optimizer: OptimizerConfig) -> torch.o
     return torch.optim.AdamW(groups, fused=True if optimizer.kind == "fused" else None, **arguments)
 
 
+def sampling_settings(config: TrainConfig) -> dict[str, float]:
+    """The values of `SamplingConfig`: those set, else those of the pipeline to start from, else the defaults."""
+    settings = dict(DEFAULT_SAMPLING)
+    if config.model.start_from is not None:
+        folder = Path(config.model.start_from)
+        for name in ("model_index.json", "scheduler/scheduler_config.json"):
+            if (folder / name).is_file():
+                found = json.loads((folder / name).read_text(encoding="utf-8"))
+                settings |= {key: found[key] for key in settings if found.get(key) is not None}
+    return settings | {key: value for key, value in vars(config.sampling).items() if value is not None}
+
+
 def build_pipeline(
-    built: TrainingModel, vae: AutoencoderKL, sampling: SamplingConfig, classes: list[str]
+    built: TrainingModel, vae: AutoencoderKL, sampling: Mapping[str, float], classes: list[str]
 ) -> TransDiffPipeline:
-    """The inference pipeline around the networks of a run."""
+    """The inference pipeline around the networks of a run, with `sampling_settings`."""
     scheduler = FlowMatchEulerMaruyamaScheduler(
-        drift_scale=sampling.drift_scale, diffusion_scale=sampling.diffusion_scale
+        drift_scale=sampling["drift_scale"], diffusion_scale=sampling["diffusion_scale"]
     )
     return TransDiffPipeline(
         condition_encoder=built.condition_encoder,
@@ -288,5 +304,5 @@ def build_pipeline(
         vae=vae,
         scheduler=scheduler,
         id2label=dict(enumerate(classes)),
-        guidance_scale=sampling.guidance_scale,
+        guidance_scale=sampling["guidance_scale"],
     )

@@ -8,9 +8,11 @@ function of the step, this makes the step number the only position there is, and
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import shutil
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,14 +34,14 @@ from .checkpoints import (
     resume_from,
     save_checkpoint,
 )
-from .config import ConfigError, TrainConfig, accumulation_steps, config_or_exit, to_dict
+from .config import ConfigError, PreviewConfig, TrainConfig, accumulation_steps, config_or_exit, to_dict
 from .data import GroupBatches, batch_loader, keyed_generator
 from .dry_run import describe
 from .ema import WeightAverage
 from .latent_cache import CacheError, LatentCache, load_vae, module_fingerprint
 from .lora import save_adapters
 from .metrics import MetricsLog, Stopwatch, Window, save_preview
-from .models import TrainingModel, build_model, build_optimizer, build_pipeline
+from .models import TrainingModel, build_model, build_optimizer, build_pipeline, sampling_settings
 from .publish import PublishError, check_repository, publish
 from .schedule import LearningRate
 from .sharding import empty_copy, gather, keep_optimizer_files_whole, local, shard, sliced_like, whole
@@ -99,10 +101,11 @@ class Trainer:
         self.cache, held_out = held_out_images(self.cache, config)
         self.validation = None if held_out is None else Validation(held_out, config, self.accelerator)
         module, notes = build_model(config, self.cache)
-        self._check_preview(module.classes)
+        self.sampling = sampling_settings(config)
+        self.preview_config = self._preview_of(module.classes)
         self.batches = self._batches()
         self.rate = LearningRate(self._peak_rate(), config.schedule, self.steps_per_epoch)
-        self.say(*notes, self._describe_data())
+        self.say(*notes, *self._warnings(), self._describe_data())
 
         self._prepare(module)
         if config.compile != "no":
@@ -114,9 +117,10 @@ class Trainer:
         self.accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
         self.watch = Stopwatch(self.accelerator.device)
         self.step = self.skipped = self.bad_in_a_row = 0
+        self.validations: MetricsLog | None = None
         if candidates:
             self.say(*resume_from(self.accelerator, candidates, self._load))
-            self.say(f"resumed at step {self.step} of {self.rate.total_steps}")
+            self.say(f"continuing from step {self.step} of {self.rate.total_steps}")
 
     # --- building ---
 
@@ -175,10 +179,29 @@ class Trainer:
         optimizer = self.config.optimizer
         return optimizer.learning_rate * (self.groups_per_step / 256 if optimizer.scale_by_batch else 1)
 
-    def _check_preview(self, classes: list[str]) -> None:
-        wrong = [label for label in self.config.preview.labels if not 0 <= label < len(classes)]
-        if self.config.preview.every is not None and wrong:
+    def _preview_of(self, classes: list[str]) -> PreviewConfig:
+        preview = self.config.preview
+        labels = list(range(len(classes)))[:10] if preview.labels is None else preview.labels
+        wrong = [label for label in labels if not 0 <= label < len(classes)]
+        if preview.every is not None and wrong:
             raise ConfigError(f"preview.labels {wrong} are outside 0..{len(classes) - 1}, the model's classes")
+        return dataclasses.replace(preview, labels=labels)
+
+    def _warnings(self) -> Iterator[str]:
+        """What is allowed, and rarely meant."""
+        start = self.config.model.start_from
+        if start is not None and Path(start, "vae").is_dir():
+            vae = load_vae(f"{start}/vae")
+            if module_fingerprint(vae, dict(vae.config)) != self.cache.vae_fingerprint:
+                yield (
+                    f"warning: data.vae {self.config.data.vae} is not the VAE of {start}, whose weights know the "
+                    "latents of that one. Unset data.vae to take it, and make the cache anew"
+                )
+        if self.accelerator.device.type == "cpu" and self.config.mixed_precision != "no":
+            yield (
+                f"warning: {self.config.mixed_precision} on a CPU without instructions for it is many times slower "
+                "than float32: --mixed_precision=no"
+            )
 
     def _describe_data(self) -> str:
         return (
@@ -209,7 +232,8 @@ class Trainer:
             text = yaml.safe_dump(to_dict(self.config), sort_keys=False)
             (self.output / "config.yaml").write_text(text, encoding="utf-8")
             self.metrics = MetricsLog(self.output, self.step)
-            self.validations = MetricsLog(self.output, self.step, "validation.jsonl")
+            if self.validation is not None:
+                self.validations = MetricsLog(self.output, self.step, "validation.jsonl")
         start_trackers(self.accelerator, self.config)
         self.model.train()
         first, last = self.step * self.accumulation, self.rate.total_steps * self.accumulation
@@ -342,7 +366,7 @@ class Trainer:
             return
         training = networks.training
         networks.eval()
-        grid = save_preview(self.pipeline(networks), self.config.preview, self.config.seed, path)
+        grid = save_preview(self.pipeline(networks), self.preview_config, self.config.seed, path)
         networks.train(training)
         log_image(self.accelerator, f"samples_{weights}", grid, self.step)
 
@@ -351,7 +375,7 @@ class Trainer:
         values = {"validation_loss_raw": validation.loss(self.module)}
         with self.ema.applied():
             values["validation_loss_ema"] = validation.loss(self.module)
-        if self.accelerator.is_main_process:
+        if self.validations is not None:
             self.validations.write({"step": self.step, **values})
         self.accelerator.log(values, step=self.step)
         self.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
@@ -373,7 +397,7 @@ class Trainer:
     def pipeline(self, networks: TrainingModel) -> Any:
         """The pipeline around whole networks."""
         self.vae.to(self.accelerator.device)
-        return build_pipeline(networks, self.vae, self.config.sampling, networks.classes)
+        return build_pipeline(networks, self.vae, self.sampling, networks.classes)
 
     def save(self) -> Path:
         """Write a checkpoint; all processes call this together."""

@@ -149,7 +149,7 @@ def training_card(
     shown = "\n\n".join(f"{caption}:\n\n![{caption}]({file})" for caption, file in pictures.items())
     settings = f"Configuration:\n\n```yaml\n{yaml_dump(dict(config), sort_keys=False).strip()}\n```"
     training = [f"## Training\n\n{data}", _loss_table(metrics), shown, settings]
-    limits = ["It knows the classes and the resolution of its training images, and nothing else."]
+    limits = [f"It knows {_class_names(pipeline)} at the resolution of its training images, and nothing else."]
     return _card(_metadata(), name, *_facts(pipeline), usage, *training, _limits(limits))
 
 
@@ -220,6 +220,11 @@ def _architecture(
 def _sizes(config: Mapping[str, Any]) -> str:
     heads = config["num_attention_heads"]
     return f"{config['num_layers']} layers, width {heads * config['attention_head_dim']}, {heads} heads"
+
+
+def _class_names(pipeline: Any, most: int = 20) -> str:
+    names = list((pipeline.config.id2label or {}).values())
+    return ", ".join(map(str, names)) if 0 < len(names) <= most else "the classes"
 
 
 def _shown(label: int | str) -> str:

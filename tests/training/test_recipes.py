@@ -19,7 +19,7 @@ from tiny import seeded, tiny_encoder, tiny_pipeline, tiny_transformer
 from training.cache_latents import cache_latents
 from training.checkpoints import checkpoint_folders
 from training.config import ConfigError, DataConfig, TrainConfig, accumulation_steps, load_config
-from training.latent_cache import LatentCache
+from training.latent_cache import CacheError, LatentCache
 from training.train import Trainer
 from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.presets import PUBLISHED, PublishedModel
@@ -243,6 +243,41 @@ def test_as_many_classes_but_no_name_in_common_must_be_explained(small, base: Pa
         Trainer(small("finetune_classes", **{"model.start_from": tmp_path / "others"}))
 
 
+def test_what_is_unset_is_taken_from_the_pipeline_to_start_from(small, base: Path, capsys) -> None:
+    trainer = Trainer(small("finetune_classes", **{"data.vae": '""'}))
+    said = capsys.readouterr().out
+    expected, made = TransDiffPipeline.from_pretrained(base), trainer.pipeline(trainer.module)
+    assert "warning: bf16 on a CPU" in said
+    assert "is not the VAE" not in said
+    assert trainer.config.data.vae == f"{base}/vae"
+    for name in ("drift_scale", "diffusion_scale"):
+        assert made.scheduler.config[name] == expected.scheduler.config[name]
+    assert made.config.guidance_scale == expected.config.guidance_scale
+    assert expected.scheduler.config.drift_scale != 1.0
+    assert trainer.preview_config.labels == [0, 1, 2]
+    set_ = Trainer(small("finetune_classes", **{"sampling.drift_scale": 0.5, "preview.labels": "[1]"}))
+    assert set_.pipeline(set_.module).scheduler.config.drift_scale == 0.5
+    assert set_.preview_config.labels == [1]
+
+
+def test_another_vae_than_that_of_the_pipeline_to_start_from_is_pointed_out(
+    small, vae: Path, data_config: DataConfig, tmp_path: Path, capsys
+) -> None:
+    other = AutoencoderKL.from_pretrained(vae)
+    other.register_to_config(scaling_factor=0.7)
+    other.save_pretrained(tmp_path / "other")
+    data = replace(data_config, vae=str(tmp_path / "other"), cache=str(tmp_path / "cache"))
+    cache_latents(data)
+    Trainer(small("finetune_classes", **{"data.vae": data.vae, "data.cache": data.cache}))
+    assert f"warning: data.vae {data.vae} is not the VAE of" in capsys.readouterr().out
+
+
+def test_a_vae_that_is_nowhere_is_one_line(small, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CacheError, match=r"data.vae 'nowhere/vae' cannot be loaded: neither a folder"):
+        Trainer(small("transdiff_b", **{"data.vae": "nowhere/vae"}))
+
+
 # --- LoRA ---
 
 
@@ -254,8 +289,7 @@ def latents(pipeline: TransDiffPipeline) -> torch.Tensor:
 @pytest.mark.parametrize("frozen", ["[]", "[condition_encoder]"])
 def test_lora_saves_adapters_alone_and_the_pipeline_reads_them(small, base: Path, frozen: str) -> None:
     changes = {"model.frozen": frozen, "lora.rank": 2, "lora.alpha": 6, "mixed_precision": "no"}
-    sampler = {"sampling.drift_scale": 0.9, "sampling.diffusion_scale": 0.95}  # the base's
-    trainer = train(small("lora", **changes, **sampler, **{"optimizer.learning_rate": 0.1}))
+    trainer = train(small("lora", **changes, **{"optimizer.learning_rate": 0.1}))
     assert trainer.module.class_ids.tolist() == [2, 3, 0, 5]
     state = checkpoint_folders(trainer.output)[-1] / "state"
     for file in ("model", "ema"):
