@@ -33,7 +33,7 @@ from .report import command_line, markdown_table, plt, save_figure, significant,
 DIT_PAPER_SECONDS = 45.0
 NOISE_SEED = 1
 CHECKED_STEPS = 2
-RATIOS = ("seconds", "step_seconds", "cpu_seconds", "cpu_step_seconds")
+RATIOS = ("seconds", "step_seconds", "cpu_seconds", "cpu_step_seconds", "full_seconds")
 
 
 def measure(peers: Sequence[Peer], setting: Setting, rounds: int, dit_steps: int) -> list[dict[str, Any]]:
@@ -70,9 +70,9 @@ def clock_of(peer: Peer, setting: Setting) -> CallClock:
 
 def row_of(peer: Peer, setting: Setting, steps: int, clocks: list[CallClock], first: float) -> dict[str, Any]:
     """The times of one peer; lists have an entry a round."""
-    outside, step = (statistics.median(getattr(clock, name) for clock in clocks) for name in ("outside", "step"))
     num_images = images_of(peer, setting)
     calls = num_images * peer.full_steps
+    full_seconds = [clock.outside + calls * clock.step for clock in clocks]
     return {
         "peer": peer.name,
         "model": setting.model.folder if num_images == setting.model.num_images else "DiT-XL/2",
@@ -87,9 +87,10 @@ def row_of(peer: Peer, setting: Setting, steps: int, clocks: list[CallClock], fi
         "step_seconds": [clock.step for clock in clocks],
         "cpu_step_seconds": [clock.cpu_step for clock in clocks],
         "median_seconds": statistics.median(clock.total for clock in clocks),
-        "median_step_seconds": step,
+        "median_step_seconds": statistics.median(clock.step for clock in clocks),
         "full_steps": peer.full_steps,
-        "full_seconds": outside + calls * step,
+        "full_seconds": full_seconds,
+        "median_full_seconds": statistics.median(full_seconds),
         "paper_seconds": DIT_PAPER_SECONDS if peer.full_steps == DIT_STEPS else setting.model.seconds_per_image,
         "weight_bytes": peer.weight_bytes(),
     }
@@ -103,8 +104,8 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         comparison = {"peer": other["peer"], "over": ours["peer"], **_identity(ours)}
         # Calls of different step counts do not compare; steps do.
         same_steps = ours["steps"] == other["steps"]
-        of_steps = ("step_seconds", "cpu_step_seconds")
-        for name in ("seconds", "cpu_seconds", *of_steps) if same_steps else of_steps:
+        always = ("step_seconds", "cpu_step_seconds", "full_seconds")
+        for name in ("seconds", "cpu_seconds", *always) if same_steps else always:
             ratios = [theirs / mine for theirs, mine in zip(other[name], ours[name], strict=True)]
             comparison[name] = {
                 "median": statistics.median(ratios),
@@ -115,7 +116,6 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         comparison["operations_step"] = other["flops_step"] / ours["flops_step"]
         full = [row["flops_before"] + row["full_steps"] * row["flops_step"] for row in (other, ours)]
         comparison["operations_full"] = full[0] / full[1]
-        comparison["full_seconds"] = other["full_seconds"] / ours["full_seconds"]
         comparisons.append(comparison)
     return comparisons
 
@@ -227,8 +227,8 @@ def main_table(result: dict[str, Any]) -> str:
             row["steps"],
             significant(row["median_seconds"]),
             significant(row["median_step_seconds"]),
-            f"{computed}{row['full_steps']} steps: {significant(row['full_seconds'])}",
-            significant(row["full_seconds"] / row["batch_size"]),
+            f"{computed}{row['full_steps']} steps: {significant(row['median_full_seconds'])}",
+            significant(row["median_full_seconds"] / row["batch_size"]),
             significant(row["paper_seconds"]),
             significant(row["flops_step"] / num_images(row) / 1e12),
             f"{rate:.0%}",
@@ -255,6 +255,7 @@ def ratio_table(result: dict[str, Any]) -> str:
         "a step",
         "processor time of a call",
         "of a step",
+        "full call",
         "pairs",
         "limit by operations, a step",
         "limit, full call",

@@ -272,7 +272,6 @@ class TestCommands:
     def test_peers_are_compared_pair_by_pair(self):
         rows = [
             {"peer": name, "model": "m", "batch_size": 1, "dtype": "float32", "compiled": False, "steps": steps}
-            | {"full_seconds": 10.0 * seconds[0]}
             | dict.fromkeys(sampling.RATIOS, seconds)
             | {"flops_step": flops, "flops_before": 0, "full_steps": 100}
             for name, seconds, flops, steps in (
