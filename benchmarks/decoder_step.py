@@ -20,7 +20,7 @@ from transdiff_pipelines.loaders.original_checkpoint import DECODER, key_table
 from transdiff_pipelines.presets import PublishedModel, published_model
 
 from .machine import CallClock, describe
-from .operations import limit_arithmetic
+from .operations import count_flops
 from .reference import TorchWith, import_released
 from .report import command_line, write_json
 
@@ -59,18 +59,23 @@ def our_decoder(network: torch.nn.Module, model: PublishedModel) -> TransDiffTra
 
 
 @torch.no_grad()
-def measure(network: torch.nn.Module, decoder: TransDiffTransformer2DModel, rounds: int) -> dict[str, Any]:
-    """Seconds of each round, ours and theirs, in turns, and the relative error of the velocity."""
+def measure(
+    network: torch.nn.Module, decoder: TransDiffTransformer2DModel, condition_tokens: int, rounds: int
+) -> dict[str, Any]:
+    """Seconds of each round, ours and theirs, in turns, the relative error of the velocity, and the counts' limit."""
     config = decoder.config
     x = torch.randn(2, config.in_channels, config.sample_size, config.sample_size)
-    condition, timestep = torch.randn(2, 256, config.cross_attention_dim), torch.tensor([500.0])
+    condition, timestep = torch.randn(2, condition_tokens, config.cross_attention_dim), torch.tensor([500.0])
     projected, tokens = decoder.project_condition(condition), pack_latents(x, 1)
     peers: dict[str, tuple[torch.nn.Module, Callable[[], torch.Tensor]]] = {
         "ours": (decoder, lambda: decoder(x, timestep, projected).sample),
         "released": (network, lambda: network(tokens, condition, timestep.expand(2))),
     }
     velocity, expected = pack_latents(peers["ours"][1](), 1), peers["released"][1]()
+    operations = {name: count_flops(call).get_total_flops() for name, (_, call) in peers.items()}
     result: dict[str, Any] = {
+        "condition_tokens": condition_tokens,
+        "limit_by_operations": operations["released"] / operations["ours"],
         "relative_error": ((velocity - expected).abs().max() / expected.abs().max()).item(),
         **{name: {"seconds": [], "cpu_seconds": []} for name in peers},
     }
@@ -93,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="transdiff_b", help="published model whose decoder to take")
     parser.add_argument("--reference", type=Path, required=True, help="checkout of the released code")
+    tokens_help = "fewer than 256 for the first images of MRAR: 64, 128, 192"
+    parser.add_argument("--condition-tokens", type=int, nargs="+", default=[256], help=tokens_help)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True, help="the result goes to OUTPUT.json")
@@ -101,11 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     model = published_model(options.model)
     network = released_decoder(options.reference, model)
+    decoder = our_decoder(network, model)
     result = {
         "command": command_line("benchmarks.decoder_step"),
         "machine": describe(torch.device("cpu")),
-        "limit": limit_arithmetic(model.size, model.latent_size**2),
-        **measure(network, our_decoder(network, model), options.rounds),
+        "steps": [measure(network, decoder, tokens, options.rounds) for tokens in options.condition_tokens],
     }
     write_json(options.output.with_suffix(".json"), result)
     print(result)
