@@ -158,8 +158,8 @@ def decode_seconds(peers: Sequence[Peer], setting: Setting) -> float | None:
 def run_setting(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one setting; the memory of its models is free again afterwards."""
     peers = load_peers(setting, options.reference, options.dit)
+    rows = measure(peers, setting, options.rounds, options.dit_steps)  # before all else: the first call may compile
     error = same_latents(peers, setting, steps=min(setting.steps, CHECKED_STEPS))
-    rows = measure(peers, setting, options.rounds, options.dit_steps)
     decoding = decode_seconds(peers, setting) if options.decode else None
     del peers
     gc.collect()
