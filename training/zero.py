@@ -25,7 +25,8 @@ BUCKET = 50_000_000
 
 
 def check_deepspeed(config: TrainConfig) -> None:
-    """
+    """Let nothing begin that needs DeepSpeed and does not have it.
+
     Raises:
         ConfigError: if the run asks for DeepSpeed and it is not installed.
     """
