@@ -7,6 +7,7 @@ D width.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
@@ -31,8 +32,19 @@ from .key_value_cache import KeyValue
 TIMESTEP_CHANNELS = 256
 
 
-def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return hidden_states * (1 + scale) + shift
+class ModulatedLayerNorm(nn.LayerNorm):
+    """LN(x) (1 + scale) + shift, with `shift` and `scale` `(B or 1, 1, D)`.
+
+    One row for the whole batch, as in sampling, goes into the affine weights: one pass over the tokens in place of two.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        if len(scale) > 1:
+            return torch.addcmul(shift, super().forward(hidden_states), 1 + scale)
+        weight, bias = (1 + scale).flatten(), shift.flatten()
+        if self.elementwise_affine:
+            weight, bias = weight * self.weight, torch.addcmul(bias, weight, self.bias)
+        return F.layer_norm(hidden_states, self.normalized_shape, weight, bias, self.eps)
 
 
 class TransDiffTransformerBlock(nn.Module):
@@ -40,11 +52,11 @@ class TransDiffTransformerBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, dim_head: int, mlp_ratio: float, dropout: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm1 = ModulatedLayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn1 = TransDiffAttention(dim, heads, dim_head, dropout=dropout)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn2 = TransDiffAttention(dim, heads, dim_head, cross_attention_dim=dim, dropout=dropout)
-        self.norm3 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.norm3 = ModulatedLayerNorm(dim, eps=LAYER_NORM_EPS)
         self.ff = feed_forward(dim, mlp_ratio, dropout)
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, dim))
 
@@ -55,11 +67,11 @@ class TransDiffTransformerBlock(nn.Module):
         vectors = (self.scale_shift_table + modulation).to(hidden_states.dtype)
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = vectors.chunk(6, dim=1)
 
-        attended = self.attn1(modulate(self.norm1(hidden_states), shift_attn, scale_attn))
-        hidden_states = hidden_states + gate_attn * attended
+        attended = self.attn1(self.norm1(hidden_states, shift_attn, scale_attn))
+        hidden_states = torch.addcmul(hidden_states, gate_attn, attended)
         hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), encoder_hidden_states)
-        transformed = self.ff(modulate(self.norm3(hidden_states), shift_ff, scale_ff))
-        return hidden_states + gate_ff * transformed
+        transformed = self.ff(self.norm3(hidden_states, shift_ff, scale_ff))
+        return torch.addcmul(hidden_states, gate_ff, transformed)
 
 
 class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
@@ -114,7 +126,7 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
             TransDiffTransformerBlock(dim, num_attention_heads, attention_head_dim, mlp_ratio, dropout)
             for _ in range(num_layers)
         )
-        self.norm_out = nn.LayerNorm(dim, eps=LAYER_NORM_EPS, elementwise_affine=False)
+        self.norm_out = ModulatedLayerNorm(dim, eps=LAYER_NORM_EPS, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, dim))
         self.proj_out = nn.Linear(dim, token_dim)
         self.gradient_checkpointing = False
@@ -133,7 +145,7 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         """Timesteps `(B,)` to the time embedding `(B, D)` and the modulation `(B, 6, D)` that all blocks share."""
         # The sinusoid is float32 whatever the model's dtype: bfloat16 cannot tell timestep 960 from 962.
         embedding = self.time_embedding(self.time_proj(timestep.float()).to(dtype))
-        modulation = self.time_modulation(nn.functional.silu(embedding))
+        modulation = self.time_modulation(F.silu(embedding))
         return embedding, modulation.unflatten(-1, (6, -1))
 
     @property
@@ -207,4 +219,4 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
                 tokens = block(tokens, condition, modulation)
 
         shift, scale = (self.scale_shift_table + time_embedding[:, None]).to(tokens.dtype).chunk(2, dim=1)
-        return self.proj_out(modulate(self.norm_out(tokens), shift, scale))
+        return self.proj_out(self.norm_out(tokens, shift, scale))
