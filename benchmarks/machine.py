@@ -13,6 +13,7 @@ import diffusers
 import torch
 
 from training.metrics import PeakMemory as PeakMemory
+from training.metrics import moment, seconds_between
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,16 +87,6 @@ class CallClock:
         self.device, self.network, self.num_images = device, network, num_images
         self.total = self.cpu = self.outside = self.step = self.cpu_step = 0.0
 
-    def _moment(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _seconds(self, start: Any, end: Any) -> float:
-        return start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
-
     def _mean_step(self, seconds: list[float]) -> float:
         steps = len(seconds) // self.num_images
         images = [seconds[start : start + max(1, steps - 1)] for start in range(0, len(seconds), steps)]
@@ -106,7 +97,7 @@ class CallClock:
         entries: list[tuple[Any, float]] = []
 
         def enter(*_: Any) -> None:
-            entries.append((self._moment(), time.process_time()))
+            entries.append((moment(self.device), time.process_time()))
 
         hook = self.network.register_forward_pre_hook(enter)
         synchronize(self.device)
@@ -115,13 +106,13 @@ class CallClock:
             result = call()
         finally:
             hook.remove()
-        last = self._moment()
+        last = moment(self.device)
         synchronize(self.device)
         self.total, self.cpu = time.perf_counter() - start, time.process_time() - cpu_start
         if entries:
             ends = [*entries[1:], (last, cpu_start + self.cpu)]
             pairs = list(zip(entries, ends, strict=True))
-            self.step = self._mean_step([self._seconds(entry[0], end[0]) for entry, end in pairs])
+            self.step = self._mean_step([seconds_between(entry[0], end[0]) for entry, end in pairs])
             self.cpu_step = self._mean_step([end[1] - entry[1] for entry, end in pairs])
         self.outside = self.total - len(entries) * self.step
         return result

@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 from .config import ConfigError, DataConfig, config_or_exit, require
 from .images import BadImage, read_image
-from .latent_cache import FORMAT, CacheError, LatentCache, check_settings, load_vae, module_fingerprint, write_json
+from .latent_cache import FORMAT, CacheError, LatentCache, check_settings, write_json
 from .processes import process_state
 from .sources import Example, Source, open_source
+from .vae import check_vae, latent_shape, load_vae, module_fingerprint
 
 
 BATCHES_AHEAD = 2  # decoded while the VAE encodes
@@ -52,7 +53,7 @@ class ShardWriter:
     ) -> None:
         self.source, self.vae, self.data, self.device = source, vae.to(device).eval(), data, device
         self.rank, self.world_size = rank, world_size
-        self.folder = Path(data.cache)
+        self.folder = Path(str(data.cache))
         self.encoded, self.seconds = 0, 0.0
         self.threads = min(8, max(1, (os.cpu_count() or 1) // world_size))
 
@@ -165,9 +166,8 @@ class ShardWriter:
 
     def no_moments(self) -> Tensor:
         """Moments of no images, `(0, V, 2 C, s, s)`: a shard whose images are all bad is empty."""
-        size, config = self.data.image_size, self.vae.config
-        side = size // 2 ** (len(config.block_out_channels) - 1)
-        shape = (0, 2 if self.data.mirror else 1, 2 * config.latent_channels, side, side)
+        channels, *sides = latent_shape(self.vae, self.data.image_size)
+        shape = (0, 2 if self.data.mirror else 1, 2 * channels, *sides)
         return torch.zeros(shape, dtype=getattr(torch, self.data.dtype))
 
 
@@ -179,12 +179,6 @@ def sums(mean: Tensor, std: Tensor) -> dict[str, float]:
         "sum": mean.sum().item(),
         "sum_of_squares": (mean.square() + std.square()).sum().item(),
     }
-
-
-def check_vae(vae: AutoencoderKL, image_size: int) -> None:
-    stride, channels = 2 ** (len(vae.config.block_out_channels) - 1), vae.config.in_channels
-    require(image_size % stride == 0, f"data.image_size is {image_size}; the VAE needs a multiple of {stride}")
-    require(channels in (1, 3), f"data.vae takes images of {channels} channels; grey (1) and RGB (3) can be cached")
 
 
 def cache_settings(source: Source, vae: AutoencoderKL, data: DataConfig) -> dict[str, Any]:
@@ -216,6 +210,7 @@ def cache_latents(data: DataConfig, dataset: datasets.Dataset | datasets.Iterabl
         CacheError: if the folder holds a cache made with other settings, or if there are no readable images.
         ConfigError: if columns, classes or sizes do not fit.
     """
+    require(data.cache is not None, "data.cache is missing: the folder to write the latents to")
     state = process_state()
     with state.main_process_first():  # the others find a dataset prepared
         source = open_source(data, dataset)

@@ -179,11 +179,12 @@ def save_checkpoint(
     return final
 
 
-def read_progress(checkpoint: Path, config: TrainConfig, groups_per_step: int) -> dict[str, Any]:
+def read_progress(checkpoint: Path, config: TrainConfig, groups_per_step: int, images: str) -> dict[str, Any]:
     """progress.json of a checkpoint, checked against the configuration of the run that wants to continue it.
 
     Args:
         groups_per_step: the run's global batch, over all processes.
+        images: digest of the images it trains on.
 
     Raises:
         BrokenCheckpointError: if it cannot be read.
@@ -202,6 +203,8 @@ def read_progress(checkpoint: Path, config: TrainConfig, groups_per_step: int) -
             f"the global batch (data.batch_size x processes x accumulation) was {progress['groups_per_step']}, "
             f"now {groups_per_step}"
         )
+    if progress.get("images", images) != images:
+        differing.append("the images, or their order or classes, were others")
     if differing:
         raise CheckpointError(
             f"{checkpoint} belongs to a run with other settings: {'; '.join(differing)}. Set them back, or choose "

@@ -94,13 +94,15 @@ class LoraConfig:
 
 @dataclass
 class DataConfig:
-    """Images, the VAE that encodes them, and the cache of latents that training reads."""
+    """Images, the VAE that encodes them, and the cache of latents that training reads in their place."""
 
-    images: str | None = option(None, "folder with one sub-folder per class; read by cache_latents only")
+    images: str | None = option(
+        None, "folder with one sub-folder per class; read by cache_latents, and by training if data.cache is null"
+    )
     dataset: str | None = option(
         None,
         "in place of data.images: a Hugging Face dataset (a Hub name, a folder that load_dataset reads, or one that "
-        "save_to_disk wrote); read by cache_latents only",
+        "save_to_disk wrote)",
     )
     subset: str | None = option(None, "data.dataset: the configuration of a dataset that has several")
     split: str = option("train", "data.dataset: the split")
@@ -119,9 +121,13 @@ class DataConfig:
         "AutoencoderKL: a folder, or a Hub name with a sub-folder or none (org/name/vae); unset: that of "
         "model.start_from. The finished pipeline gets it too",
     )
-    cache: str = option("", "folder of the latent cache: written by cache_latents, read by train")
-    image_size: int = option(256, "side in pixels after the centre crop")
-    mirror: bool = option(True, "also cache each image's mirror; one of the two is drawn each time (off for digits)")
+    cache: str | None = option(
+        None,
+        "folder of the latent cache: written by cache_latents, read by train. null: train reads the images, crops and "
+        "mirrors them at random and encodes them as it goes, the paper's augmentation",
+    )
+    image_size: int = option(256, "side in pixels after the crop: of a cache at the centre, else random")
+    mirror: bool = option(True, "an image or its mirror is drawn each time, a cache holds both (off for digits)")
     dtype: Literal["float32", "float16"] = option("float32", "how moments are stored; float16 halves a large cache")
     shard_size: int = option(8192, "images in a cache shard")
     encode_batch_size: int = option(32, "images the VAE encodes at once")
@@ -135,7 +141,8 @@ class DataConfig:
     workers: int = option(0, "processes that prepare batches ahead; 0: the training process itself")
 
     def __post_init__(self) -> None:
-        require(bool(self.cache), "data.cache is missing: the folder of the latent cache")
+        some = any(name is not None for name in (self.cache, self.images, self.dataset))
+        require(some, "data.cache is missing: the folder of the latent cache. Or set data.images or data.dataset")
         both = self.images is not None and self.dataset is not None
         require(not both, "data.images and data.dataset are both set: set one to null")
         require(self.dataset is not None or not self.streaming, "data.streaming needs data.dataset")
@@ -175,8 +182,8 @@ class OptimizerConfig:
         "groups (1-step: images) per optimiser step over all processes; gradient accumulation follows from it, "
         "data.batch_size and the number of processes",
     )
-    kind: Literal["adamw", "fused", "8bit"] = option(
-        "adamw", "PyTorch's AdamW, its fused kernel, or bitsandbytes' 8-bit AdamW (to be installed for it)"
+    kind: Literal["fused", "adamw", "8bit"] = option(
+        "fused", "PyTorch's AdamW in one kernel, in several, or bitsandbytes' 8-bit AdamW (to be installed for it)"
     )
     max_bad_steps: int = option(5, "stop after this many steps in a row whose loss or gradient is not finite")
 

@@ -1,11 +1,11 @@
-"""Training batches from a latent cache: MRAR groups on the fly, and every random draw keyed.
+"""Training batches from latents or images: MRAR groups on the fly, and every random draw keyed.
 
 Training reads one endless stream of groups, epoch after epoch. Position q of the stream is slot `q % groups` of epoch
 `q // groups`; batch k of a run with global batch size G holds positions kG .. (k + 1)G - 1, split over the processes
 in order. So the position in the data *is* the step, a batch may run over the end of an epoch, and nothing is left out.
 
-Every draw of a group (posterior sample, mirror, timesteps, noise, label drop) comes from a generator keyed on (seed,
-epoch, slot). One process and two therefore see the same numbers, and so does a run that was resumed.
+Every draw of a group (crop, mirror, posterior sample, timesteps, noise, label drop) comes from a generator keyed on
+(seed, epoch, slot). One process and two therefore see the same numbers, and so does a run that was resumed.
 
 Shapes: B groups, N images per group (different ones of a class, or N times the same), m the diffusion batch
 multiplier, C channels, s latent side.
@@ -14,17 +14,55 @@ multiplier, C channels, s latent side.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .latent_cache import LatentCache
 from .loss import drop_labels, logit_normal_timesteps
 
 
 Batch = dict[str, Tensor]
+
+
+class TrainingData(Protocol):
+    """Labelled images to draw batches from: a `LatentCache`, or `ImageData`.
+
+    Attributes:
+        labels: `(images,)` int64 class index of each image.
+        classes: class names in index order.
+        latent_shape: `(C, s, s)`.
+        vae_fingerprint: digest of the VAE that encodes the images.
+        digest: of the images, which tells them from others.
+        draws_per_image: how many uniform numbers `draw` takes.
+    """
+
+    labels: np.ndarray
+    classes: list[str]
+    latent_shape: tuple[int, int, int]
+    vae_fingerprint: str
+    digest: str
+    draws_per_image: int
+
+    def __len__(self) -> int: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def select(self, rows: np.ndarray) -> TrainingData:
+        """Only these of the images, in this order, and all classes."""
+        ...
+
+    def draw(self, image: int, uniform: Sequence[float]) -> dict[str, Tensor]:
+        """An image as tensors, all that is random about it following from numbers in [0, 1)."""
+        ...
+
+    def collect(self, drawn: dict[str, Tensor], normal: Tensor) -> Batch:
+        """The part of a batch that comes from stacked draws, `normal` `(B, n, C, s, s)` sampling the posterior."""
+        ...
 
 
 def keyed_generator(*key: int) -> torch.Generator:
@@ -66,10 +104,10 @@ class GroupBatches(Dataset[Batch]):
     """Item k is this process's part of batch k of the stream, ready for `velocity_loss`:
 
     `latents (B, N, C, s, s)` scaled, `labels (B,)` with drops applied, `timesteps (N, B * m)` and
-    `noise (N, B * m, C, s, s)`.
+    `noise (N, B * m, C, s, s)`. From images it has their pixels in place of latents, for `vae.PixelEncoder`.
 
     Args:
-        cache: the latents.
+        data: the latents or images.
         group_size: N; 1 for 1-step models.
         same_image: whether the N images of a group are one and the same, as for scale-level models.
         batch_size: B, groups per process and batch.
@@ -82,7 +120,7 @@ class GroupBatches(Dataset[Batch]):
 
     def __init__(
         self,
-        cache: LatentCache,
+        data: TrainingData,
         group_size: int,
         batch_size: int,
         diffusion_batch_mul: int,
@@ -93,14 +131,14 @@ class GroupBatches(Dataset[Batch]):
         world_size: int = 1,
         same_image: bool = False,
     ) -> None:
-        self.cache = cache
+        self.data = data
         self.group_size = group_size
         self.num_distinct = 1 if same_image else group_size
         self.batch_size = batch_size
         self.diffusion_batch_mul = diffusion_batch_mul
         self.label_dropout = label_dropout
         self.seed = seed
-        self.groups_per_epoch = groups_per_epoch or count_groups(cache.labels, self.num_distinct)
+        self.groups_per_epoch = groups_per_epoch or count_groups(data.labels, self.num_distinct)
         self.rank = rank
         self.global_batch_size = batch_size * world_size
         self._groups: dict[int, np.ndarray] = {}
@@ -108,7 +146,7 @@ class GroupBatches(Dataset[Batch]):
     def epoch_groups(self, epoch: int) -> np.ndarray:
         """The groups of an epoch; those of the epoch before stay, for a batch that lies across the border."""
         if epoch not in self._groups:
-            groups = draw_groups(self.cache.labels, self.num_distinct, self.seed, epoch, self.groups_per_epoch)
+            groups = draw_groups(self.data.labels, self.num_distinct, self.seed, epoch, self.groups_per_epoch)
             self._groups = {key: value for key, value in self._groups.items() if key == epoch - 1} | {epoch: groups}
         return self._groups[epoch]
 
@@ -119,35 +157,34 @@ class GroupBatches(Dataset[Batch]):
         # (B, N, m, ...) -> (N, m, B, ...) -> (N, m * B, ...): the batch tiled m times
         timesteps = logit_normal_timesteps(stacked["time"]).permute(1, 2, 0).flatten(1)
         noise = stacked["noise"].permute(1, 2, 0, 3, 4, 5).flatten(1, 2)
-        labels = drop_labels(stacked["label"], stacked["drop"] < self.label_dropout, self.cache.num_classes)
-        samples = stacked["mean"] + stacked["std"] * stacked["posterior"]
-        latents = (samples - self.cache.shift_factor) * self.cache.scaling_factor
-        latents = latents.expand(-1, self.group_size, -1, -1, -1)  # the same image N times, if there is only one
-        return {"latents": latents, "labels": labels, "timesteps": timesteps, "noise": noise}
+        labels = drop_labels(stacked["label"], stacked["drop"] < self.label_dropout, self.data.num_classes)
+        images = self.data.collect(stacked, stacked["posterior"])
+        if "latents" in images:  # the same image N times, if there is only one
+            images["latents"] = images["latents"].expand(-1, self.group_size, -1, -1, -1)
+        return images | {"labels": labels, "timesteps": timesteps, "noise": noise}
 
     def draw(self, epoch: int, slot: int) -> dict[str, Tensor]:
         """Everything random about one group: a function of (seed, epoch, slot) alone."""
         images = self.epoch_groups(epoch)[slot]
         generator = keyed_generator(self.seed, epoch, slot)
-        shape, mul, count = self.cache.latent_shape, self.diffusion_batch_mul, self.group_size
-        uniform = torch.rand(self.num_distinct + 1, generator=generator)
+        shape, mul, count = self.data.latent_shape, self.diffusion_batch_mul, self.group_size
+        uniform = torch.rand(self.num_distinct * self.data.draws_per_image + 1, generator=generator)
         # one draw for all normal numbers of the group: many small ones would cost more than the numbers
         latent_size = int(np.prod(shape))
         sizes = [count * mul, self.num_distinct * latent_size, count * mul * latent_size]
         time, posterior, noise = torch.randn(sum(sizes), generator=generator).split(sizes)
-        views = (uniform[1:] * self.cache.num_views).long().tolist()
-        moments = [self.cache.moments(image, view) for image, view in zip(images.tolist(), views, strict=True)]
+        numbers = uniform[1:].view(self.num_distinct, -1).tolist()
+        drawn = [self.data.draw(image, own) for image, own in zip(images.tolist(), numbers, strict=True)]
         return {
-            "label": torch.tensor(int(self.cache.labels[images[0]])),
+            "label": torch.tensor(int(self.data.labels[images[0]])),
             "drop": uniform[0],
             "time": time.view(count, mul),
             "posterior": posterior.view(self.num_distinct, *shape),
             "noise": noise.view(count, mul, *shape),
-            "mean": torch.stack([mean for mean, _ in moments]),
-            "std": torch.stack([std for _, std in moments]),
-        }
+        } | {name: torch.stack([image[name] for image in drawn]) for name in drawn[0]}
 
 
 def batch_loader(batches: GroupBatches, first: int, last: int, workers: int = 0) -> DataLoader[Batch]:
     """Batches `first .. last - 1` in order, prepared ahead by `workers` processes; their number changes no value."""
-    return DataLoader(batches, batch_size=None, sampler=range(first, last), num_workers=workers)
+    pinned = torch.cuda.is_available()  # so that copies to the device do not wait
+    return DataLoader(batches, batch_size=None, sampler=range(first, last), num_workers=workers, pin_memory=pinned)

@@ -37,14 +37,15 @@ CPU_ATTENTION = {
 
 def describe(trainer: Trainer) -> str:
     """Sizes, cost, memory, schedule and the first batch of a run that was built but not started."""
-    batch = trainer.batches[0]
+    batch = trainer.to_latents(trainer.batches[0])
     flops, activations = measure(trainer, batch)
     images = trainer.config.data.batch_size * trainer.batches.group_size
     return "\n".join(
         [
             "dry run: nothing is trained or written",
             *parameters(trainer.module),
-            f"cost: {flops / images / 1e9:,.3g} GFLOPs per image, forward and backward",
+            f"cost: {flops / images / 1e9:,.3g} GFLOPs per image, forward and backward"
+            + (", without the VAE's encoding" if trainer.unreadable is not None else ""),
             memory(trainer, activations),
             *schedule(trainer),
             "first batch of this process:",

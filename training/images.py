@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,16 @@ from torch import Tensor
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
+# An image and a size in pixels, to a square of that size.
+Crop = Callable[[Image.Image, int], Image.Image]
+
+
 class BadImage(ValueError):
     """An image that cannot be used; the message says why."""
 
 
-def read_image(source: Any, size: int, channels: int, min_side: int = 1) -> Tensor:
-    """One image, upright and centre cropped, `(channels, size, size)` in [-1, 1].
+def read_image(source: Any, size: int, channels: int, min_side: int = 1, crop: Crop | None = None) -> Tensor:
+    """One image, upright and cropped to a square, `(channels, size, size)` in [-1, 1].
 
     Args:
         source: path, encoded bytes, a `{"bytes": ..., "path": ...}` dictionary as in datasets, a PIL image, or an
@@ -40,16 +45,18 @@ def read_image(source: Any, size: int, channels: int, min_side: int = 1) -> Tens
         size: side in pixels.
         channels: 1 (grey) or 3 (RGB).
         min_side: images with a shorter side of fewer pixels are refused.
+        crop: makes the square of `size` pixels; `center_crop` by default.
 
     Raises:
         BadImage: if the image cannot be used.
     """
+    crop = crop or center_crop
     try:
         with open_image(source) as image:
             if min(image.size) < min_side:
                 raise BadImage(f"{image.width}x{image.height} pixels; the shorter side must have {min_side}")
             upright = ImageOps.exif_transpose(image)
-            return image_to_tensor(center_crop(eight_bit(upright).convert("L" if channels == 1 else "RGB"), size))
+            return image_to_tensor(crop(eight_bit(upright).convert("L" if channels == 1 else "RGB"), size))
     except BadImage:
         raise
     except Exception as error:  # decoders raise whatever the damage makes them stumble on
@@ -93,6 +100,14 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def random_crop(image: Image.Image, size: int, position: float) -> Image.Image:
+    """The largest square, at a position in [0, 1) along the longer side, scaled to `size` bicubically."""
+    side = min(image.size)
+    left, top = (int(position * (length - side + 1)) for length in image.size)
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box)
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:

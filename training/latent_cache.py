@@ -14,15 +14,14 @@ Shards are memory mapped, so a cache larger than memory trains as well.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,7 +34,7 @@ class CacheError(ValueError):
 
 
 class LatentCache:
-    """A finished cache, opened for reading.
+    """A finished cache, opened for reading: `data.TrainingData` of encoded images.
 
     Attributes:
         labels: `(images,)` int64 class index of each image.
@@ -44,10 +43,13 @@ class LatentCache:
         num_views: 2 if each image's mirror is cached too, else 1.
         scaling_factor, shift_factor: the VAE's; training latents are (posterior sample - shift) * scaling.
         vae_fingerprint: digest of the VAE the moments come from.
+        digest: of the images, which tells them from others.
 
     Raises:
         CacheError: if the folder holds no finished cache.
     """
+
+    draws_per_image = 1
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -63,6 +65,7 @@ class LatentCache:
         self.scaling_factor: float = self.settings["scaling_factor"]
         self.shift_factor: float = self.settings.get("shift_factor") or 0.0
         self.vae_fingerprint: str = self.settings["vae_fingerprint"]
+        self.digest: str = self.settings["images"]
         self.shards = [load_file(self.folder / shard["file"]) for shard in index["shards"]]
         self._ends = np.cumsum([len(shard["labels"]) for shard in self.shards])
         self.labels: np.ndarray = torch.cat([shard["labels"] for shard in self.shards]).numpy()
@@ -84,6 +87,16 @@ class LatentCache:
         shard = self.shards[number]
         row = position - int(self._ends[number])  # counted from the shard's end
         return shard["mean"][row, view].float(), shard["std"][row, view].float()
+
+    def draw(self, image: int, uniform: Sequence[float]) -> dict[str, Tensor]:
+        """The moments of an image, or with its mirror cached of one of the two, as the number in [0, 1) wants it."""
+        mean, std = self.moments(image, int(uniform[0] * self.num_views))
+        return {"mean": mean, "std": std}
+
+    def collect(self, drawn: dict[str, Tensor], normal: Tensor) -> dict[str, Tensor]:
+        """Scaled `latents` from stacked draws and standard normal numbers `(B, n, C, s, s)`."""
+        samples = drawn["mean"] + drawn["std"] * normal
+        return {"latents": (samples - self.shift_factor) * self.scaling_factor}
 
     def select(self, rows: np.ndarray) -> LatentCache:
         """The cache with only these of its images, in this order, and all its classes."""
@@ -126,37 +139,6 @@ def check_settings(folder: Path, found: dict[str, Any], expected: dict[str, Any]
 def shorten(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def load_vae(name: str) -> AutoencoderKL:
-    """The VAE of a folder, or of a Hub repository `org/name`, perhaps in a sub-folder: `org/name/vae`.
-
-    Raises:
-        CacheError: if it is in neither place.
-    """
-    repository, _, subfolder = name.rpartition("/")
-    is_nested = not Path(name).exists() and repository.count("/") == 1
-    try:
-        if is_nested:
-            return AutoencoderKL.from_pretrained(repository, subfolder=subfolder)
-        return AutoencoderKL.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CacheError(
-            f"data.vae {name!r} cannot be loaded: neither a folder with an AutoencoderKL here, nor to be had from the "
-            f"Hub ({reason})"
-        ) from error
-
-
-def module_fingerprint(module: torch.nn.Module, config: dict[str, Any]) -> str:
-    """A digest of a model's configuration and weights, the same wherever the model is stored."""
-    digest = hashlib.sha256()
-    public = {key: value for key, value in config.items() if not key.startswith("_")}
-    digest.update(json.dumps(public, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -105,6 +105,20 @@ def save_preview(pipeline: TransDiffPipeline, preview: PreviewConfig, seed: int,
     return grid
 
 
+def moment(device: torch.device) -> Any:
+    """Now: by the clock, on a GPU when its queue gets here, so that nobody waits for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Any, end: Any) -> float:
+    """Seconds from one `moment` to another; a GPU must have passed both."""
+    return start.elapsed_time(end) / 1000 if isinstance(start, torch.cuda.Event) else end - start
+
+
 class Stopwatch:
     """Seconds spent in named parts of the loop, the device's work included: `with watch.timing("data"): ...`."""
 
@@ -114,13 +128,21 @@ class Stopwatch:
 
     def clear(self) -> None:
         self.start = time.perf_counter()
-        self.seconds: dict[str, float] = {}
+        self.timed: list[tuple[str, Any, Any]] = []
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
-        start = self.now()
+        start = moment(self.device)
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
+        self.timed.append((name, start, moment(self.device)))
+
+    def seconds(self) -> dict[str, float]:
+        """By name, since the last `clear`."""
+        self.now()
+        total: dict[str, float] = {}
+        for name, start, end in self.timed:
+            total[name] = total.get(name, 0.0) + seconds_between(start, end)
+        return total
 
     def now(self) -> float:
         if self.device.type != "cpu":
@@ -185,16 +207,18 @@ class Window:
         """Means since the last call: loss (also of each image position of several), gradient norm, speed.
 
         `outside_fraction` is the share of the time that was not spent in forward and backward passes but on data,
-        optimiser, checkpoints and previews; `data_fraction` is the share spent waiting for batches.
+        optimiser, checkpoints and previews; `data_fraction` is the share spent waiting for batches,
+        `encoding_fraction` that of moving them to the device and encoding images that are not cached.
         """
         means = torch.stack(self.losses).mean(0)
         values = {"loss": means.mean().item()}
         if len(means) > 1:
             values |= {f"loss_image_{index}": value for index, value in enumerate(means.tolist())}
-        elapsed, seconds = self.watch.elapsed(), self.watch.seconds
+        seconds, elapsed = self.watch.seconds(), self.watch.elapsed()
         values["grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
         values["images_per_second"] = self.images_per_step * len(self.losses) / elapsed
         values["outside_fraction"] = 1 - seconds.get("passes", 0.0) / elapsed
-        values["data_fraction"] = seconds.get("data", 0.0) / elapsed
+        for name in ("data", "encoding"):
+            values[f"{name}_fraction"] = seconds.get(name, 0.0) / elapsed
         self.clear()
         return values

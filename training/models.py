@@ -21,8 +21,8 @@ from transdiff_pipelines.models.ar_condition_encoder import group_sizes
 from transdiff_pipelines.pipelines.class_set import match_classes, resize_class_embedding
 
 from .config import ConfigError, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
+from .data import TrainingData
 from .inherit import DECODER_RULES, ENCODER_RULES, inherit, table
-from .latent_cache import LatentCache
 from .lora import add_adapters
 from .loss import prefix_losses
 
@@ -120,7 +120,7 @@ def sizes_of(encoder: ARConditionEncoder, transformer: TransDiffTransformer2DMod
     }
 
 
-def build_model(config: TrainConfig, cache: LatentCache) -> tuple[TrainingModel, list[str]]:
+def build_model(config: TrainConfig, data: TrainingData) -> tuple[TrainingModel, list[str]]:
     """The model of a run and what a user should know about it, one line each.
 
     Raises:
@@ -132,9 +132,9 @@ def build_model(config: TrainConfig, cache: LatentCache) -> tuple[TrainingModel,
         sizes = (
             preset_sizes(model.preset) if model.preset else {k: v for k, v in model.sizes().items() if v is not None}
         )
-        built, notes = new_model(sizes, model, cache.classes, cache.latent_shape), ["initialised afresh"]
+        built, notes = new_model(sizes, model, data.classes, data.latent_shape), ["initialised afresh"]
     else:
-        built, notes = inherit_model(model, lora, cache)
+        built, notes = inherit_model(model, lora, data)
     notes += freeze(built, model) if lora.rank is None else add_adapters(built, lora, model.frozen)
     if config.gradient_checkpointing:
         built.condition_encoder.enable_gradient_checkpointing()
@@ -144,7 +144,7 @@ def build_model(config: TrainConfig, cache: LatentCache) -> tuple[TrainingModel,
     return built, [*notes, f"parameters: {trained:,} of {total:,} trained"]
 
 
-def inherit_model(model: ModelConfig, lora: LoraConfig, cache: LatentCache) -> tuple[TrainingModel, list[str]]:
+def inherit_model(model: ModelConfig, lora: LoraConfig, data: TrainingData) -> tuple[TrainingModel, list[str]]:
     """A model for `model` and the data's classes that starts from the pipeline folder `model.start_from`."""
     folder = Path(str(model.start_from))
     if not (folder / "model_index.json").is_file():
@@ -158,17 +158,17 @@ def inherit_model(model: ModelConfig, lora: LoraConfig, cache: LatentCache) -> t
             f"model sizes differ from {folder}: {', '.join(differing)}; leave them unset to take its sizes"
         )
     old_names = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("id2label")
-    sources = class_sources(model, old_names, old_encoder.config.num_classes, cache.classes)
+    sources = class_sources(model, old_names, old_encoder.config.num_classes, data.classes)
     if lora.rank is None:
-        classes, notes = cache.classes, [f"started from {folder}", describe_classes(sources, cache.classes)]
+        classes, notes = data.classes, [f"started from {folder}", describe_classes(sources, data.classes)]
         resize_class_embedding(old_encoder, sources)
     else:
         check_adapted_sequence(model, old_encoder)
         classes = [(old_names or {}).get(str(i), str(i)) for i in range(old_encoder.config.num_classes)]
         notes = [f"adapting {folder}"]
-    built = new_model(sizes, model, classes, cache.latent_shape, encoder_side(model, old_encoder, cache))
+    built = new_model(sizes, model, classes, data.latent_shape, encoder_side(model, old_encoder, data))
     if lora.rank is not None:
-        built.class_ids = adapted_classes(sources, cache.classes, len(classes))
+        built.class_ids = adapted_classes(sources, data.classes, len(classes))
     for part, old, rules in (
         ("condition_encoder", old_encoder, ENCODER_RULES),
         ("transformer", old_transformer, DECODER_RULES),
@@ -180,9 +180,9 @@ def inherit_model(model: ModelConfig, lora: LoraConfig, cache: LatentCache) -> t
     return built, notes
 
 
-def encoder_side(model: ModelConfig, old: ARConditionEncoder, cache: LatentCache) -> int:
+def encoder_side(model: ModelConfig, old: ARConditionEncoder, data: TrainingData) -> int:
     """The side of the encoder's grid: the old one, for a 1-step encoder sees no image, whatever the resolution."""
-    side = cache.latent_shape[1]
+    side = data.latent_shape[1]
     if model.images_in_sequence > 1 and old.config.sample_size != side:
         raise ConfigError(
             f"model.start_from has an encoder for {old.config.sample_size} x {old.config.sample_size} latents, the "

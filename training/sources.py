@@ -91,10 +91,30 @@ def natural_key(text: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts if part]
 
 
+class IndexedSource:
+    """A source of known length, whose images can be had in any order: one stream.
+
+    Attributes:
+        classes, length, digest: as in `Source`.
+    """
+
+    num_streams = 1
+    classes: list[str]
+    length: int
+    digest: str
+
+    def example(self, index: int) -> Example:
+        """The image with this number in 0 .. length - 1."""
+        raise NotImplementedError
+
+    def examples(self, stream: int) -> Iterator[Example]:
+        return map(self.example, range(self.length))
+
+
 # --- image folders ---------------------------------------------------------------------------------------------------
 
 
-class FolderSource:
+class FolderSource(IndexedSource):
     """A folder with one sub-folder per class, searched at any depth; files of other kinds are passed over.
 
     Args:
@@ -104,8 +124,6 @@ class FolderSource:
     Raises:
         CacheError: if the folder is missing, or if there is a class without images or no class at all.
     """
-
-    num_streams = 1
 
     def __init__(self, root: Path, classes: Sequence[str] | None = None) -> None:
         if not root.is_dir():
@@ -126,9 +144,9 @@ class FolderSource:
     def name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
 
-    def examples(self, stream: int) -> Iterator[Example]:
-        for path, label in self.files:
-            yield Example(self.name(path), label, lambda path=path: path)  # type: ignore[misc]
+    def example(self, index: int) -> Example:
+        path, label = self.files[index]
+        return Example(self.name(path), label, lambda: path)
 
 
 def sorted_images(folder: Path) -> list[Path]:
@@ -243,10 +261,8 @@ def remote_bytes(value: Any) -> Any:
         return file.read()
 
 
-class TableSource:
+class TableSource(IndexedSource):
     """A map-style dataset; rows are read one by one, labels all at once."""
-
-    num_streams = 1
 
     def __init__(self, dataset: datasets.Dataset, data: DataConfig) -> None:
         self.values = list(dataset.with_format(None)[data.label_column])
@@ -254,14 +270,19 @@ class TableSource:
         self.classes = self.labels.classes
         self.images = undecoded(dataset.select_columns([data.image_column]), data.image_column)
         self.column = data.image_column
-        self.length = sum(1 for _ in self.examples(0))
+        # of the rows whose class is used
+        self.rows = [row for row in range(len(self.values)) if self.example_of(row) is not None]
+        self.length = len(self.rows)
         self.digest = digest_of(data.dataset, data.subset, data.split, self.column, list(map(str, self.values)))
 
-    def examples(self, stream: int) -> Iterator[Example]:
-        for row, value in enumerate(self.values):
-            load = lambda row=row: self.images[row][self.column]  # noqa: E731
-            if example := self.labels.example(f"row {row}", value, load):
-                yield example
+    def example_of(self, row: int) -> Example | None:
+        """The example in a row; None if its class is not used."""
+        return self.labels.example(f"row {row}", self.values[row], lambda: self.images[row][self.column])
+
+    def example(self, index: int) -> Example:
+        example = self.example_of(self.rows[index])
+        assert example is not None
+        return example
 
 
 class StreamSource:

@@ -1,8 +1,8 @@
 """The training loop, for 1-step and MRAR models alike: `accelerate launch -m training.train --config FILE`.
 
-cache -> batches -> loss -> AdamW -> EMA -> checkpoints, and a pipeline folder at the end. Everything random is keyed:
-a batch on its position in the data (see `data`), dropout on (seed, step, process). Together with the learning rate, a
-function of the step, this makes the step number the only position there is, and resuming exact.
+latents or images -> batches -> loss -> AdamW -> EMA -> checkpoints, and a pipeline folder at the end. Everything
+random is keyed: a batch on its position in the data (see `data`), dropout on (seed, step, process). Together with the
+learning rate, a function of the step, this makes the step number the only position there is, and resuming exact.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from .config import ConfigError, PreviewConfig, TrainConfig, accumulation_steps,
 from .data import GroupBatches, batch_loader, keyed_generator
 from .dry_run import describe
 from .ema import WeightAverage
-from .latent_cache import CacheError, LatentCache, load_vae, module_fingerprint
+from .image_data import ImageData, Unreadable, open_data
+from .latent_cache import CacheError
 from .lora import save_adapters
 from .metrics import MetricsLog, Stopwatch, Window, save_preview
 from .models import TrainingModel, build_model, build_optimizer, build_pipeline, sampling_settings
@@ -46,6 +47,7 @@ from .publish import PublishError, check_repository, publish
 from .schedule import LearningRate
 from .sharding import empty_copy, gather, keep_optimizer_files_whole, local, shard, sliced_like, whole
 from .trackers import check_trackers, log_image, start_trackers
+from .vae import PixelEncoder, load_vae, module_fingerprint
 from .validation import Validation, held_out_images
 from .zero import ZeroEngine, check_deepspeed
 
@@ -91,16 +93,17 @@ class Trainer:
         check_distribution(self.accelerator.distributed_type)
         self.accumulation = accumulation_steps(config, self.accelerator.num_processes)
         self.accelerator.gradient_accumulation_steps = self.accumulation
-        self.cache = LatentCache(config.data.cache)
         self.vae = load_vae(config.data.vae).eval().requires_grad_(False)
-        self.cache.check(
-            vae_fingerprint=module_fingerprint(self.vae, dict(self.vae.config)),
-            image_size=config.data.image_size,
-            mirror=config.data.mirror,
-        )
-        self.cache, held_out = held_out_images(self.cache, config)
-        self.validation = None if held_out is None else Validation(held_out, config, self.accelerator)
-        module, notes = build_model(config, self.cache)
+        with self.accelerator.main_process_first():  # the others find a dataset prepared
+            self.data = open_data(config.data, self.vae)
+        self.data, held_out = held_out_images(self.data, config)
+        self.unreadable: Unreadable | None = None
+        if isinstance(self.data, ImageData):
+            self.vae.to(self.accelerator.device)
+            self.unreadable = Unreadable(self.data, self.output)
+        self.encode = PixelEncoder(self.vae, config.data.encode_batch_size, config.mixed_precision == "bf16")
+        self.validation = None if held_out is None else Validation(held_out, config, self.accelerator, self.encode)
+        module, notes = build_model(config, self.data)
         self.sampling = sampling_settings(config)
         self.preview_config = self._preview_of(module.classes)
         self.batches = self._batches()
@@ -154,7 +157,7 @@ class Trainer:
     def _batches(self) -> GroupBatches:
         data, loss = self.config.data, self.config.loss
         return GroupBatches(
-            self.cache,
+            self.data,
             group_size=self.config.model.images_in_sequence,
             same_image=self.config.model.scales is not None,
             batch_size=data.batch_size,
@@ -192,7 +195,7 @@ class Trainer:
         start = self.config.model.start_from
         if start is not None and Path(start, "vae").is_dir():
             vae = load_vae(f"{start}/vae")
-            if module_fingerprint(vae, dict(vae.config)) != self.cache.vae_fingerprint:
+            if module_fingerprint(vae, dict(vae.config)) != self.data.vae_fingerprint:
                 yield (
                     f"warning: data.vae {self.config.data.vae} is not the VAE of {start}, whose weights know the "
                     "latents of that one. Unset data.vae to take it, and make the cache anew"
@@ -205,7 +208,7 @@ class Trainer:
 
     def _describe_data(self) -> str:
         return (
-            f"data: {len(self.cache)} images of {self.cache.num_classes} classes; an epoch is "
+            f"data: {len(self.data)} images of {self.data.num_classes} classes; an epoch is "
             f"{self.batches.groups_per_epoch} groups of {self.batches.group_size} image(s), "
             f"{self.steps_per_epoch:.1f} steps of {self.groups_per_step} groups; {self.rate.total_steps} steps in all "
             f"with learning rate {self.rate.peak:g} after {self.rate.warmup_steps} warm-up steps"
@@ -268,7 +271,8 @@ class Trainer:
         total = torch.zeros((), device=self.accelerator.device)
         grad_norm = torch.zeros(())
         for batch in micro_batches:
-            batch = {name: tensor.to(self.accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+            with self.watch.timing("encoding"):
+                batch = self.to_latents(batch)
             with self.accelerator.accumulate(self.model), self.watch.timing("passes"):
                 with self.accelerator.autocast():
                     losses = self.model(**batch)
@@ -279,6 +283,13 @@ class Trainer:
         losses = self.accelerator.reduce(total, reduction="mean")
         self._update(losses, float(grad_norm))
         return losses, float(grad_norm)
+
+    def to_latents(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch on the device, its images encoded."""
+        if self.unreadable is not None:
+            self.unreadable.note(batch)
+        device = self.accelerator.device
+        return self.encode({name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})
 
     def _backward(self, loss: torch.Tensor) -> None:
         if self.zero is not None:
@@ -405,6 +416,7 @@ class Trainer:
             "step": self.step,
             "skipped": self.skipped,
             "groups_per_step": self.groups_per_step,
+            "images": self.data.digest,
             "config": to_dict(self.config),
         }
         keep = self.config.checkpoints.keep
@@ -438,7 +450,7 @@ class Trainer:
             return folder / "lora"
 
     def _load(self, checkpoint: Path) -> None:
-        progress = read_progress(checkpoint, self.config, self.groups_per_step)
+        progress = read_progress(checkpoint, self.config, self.groups_per_step, self.data.digest)
         try:
             raw = load_file(checkpoint / "state" / MODEL_FILE)
             self.accelerator.load_state(str(checkpoint / "state"))
@@ -459,6 +471,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._write_final(networks, final)
         self.accelerator.wait_for_everyone()
+        if self.unreadable is not None:
+            self.say(*self.unreadable.summary())
         self.say(f"finished: {final}")
         if self.config.push_to_hub is not None and self.accelerator.is_main_process:
             self.say(f"pushed to {publish(final, self.config.push_to_hub)}")

@@ -10,11 +10,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from .config import ConfigError, TrainConfig, ValidationConfig
-from .data import GroupBatches
+from .data import GroupBatches, TrainingData
 from .latent_cache import LatentCache
+from .vae import PixelEncoder
 
 
-def hold_out(cache: LatentCache, fraction: float, seed: int) -> tuple[LatentCache, LatentCache]:
+def hold_out(data: TrainingData, fraction: float, seed: int) -> tuple[TrainingData, TrainingData]:
     """The images to train on, and those held out: of each class `fraction`, rounded, but never the last image.
 
     Raises:
@@ -22,31 +23,32 @@ def hold_out(cache: LatentCache, fraction: float, seed: int) -> tuple[LatentCach
     """
     random = np.random.default_rng([seed, 1])
     held: list[np.ndarray] = []
-    for label in range(cache.num_classes):
-        members = random.permutation(np.flatnonzero(cache.labels == label))
+    for label in range(data.num_classes):
+        members = random.permutation(np.flatnonzero(data.labels == label))
         held.append(members[: min(round(fraction * len(members)), len(members) - 1)])
     rows = np.sort(np.concatenate(held))
     if not len(rows):
         raise ConfigError(f"validation.fraction is {fraction}: of no class does that make one of its images")
-    return cache.select(np.setdiff1d(np.arange(len(cache)), rows)), cache.select(rows)
+    return data.select(np.setdiff1d(np.arange(len(data)), rows)), data.select(rows)
 
 
-def held_out_images(cache: LatentCache, config: TrainConfig) -> tuple[LatentCache, LatentCache | None]:
+def held_out_images(data: TrainingData, config: TrainConfig) -> tuple[TrainingData, TrainingData | None]:
     """The images to train on and, if the configuration asks for validation, those to validate with.
 
     Raises:
         ConfigError, CacheError: if there is nothing to hold out, or if `validation.cache` does not fit.
     """
-    held_out: LatentCache | None = None
+    held_out: TrainingData | None = None
     if config.validation.cache is not None:
-        held_out = LatentCache(config.validation.cache)
-        held_out.check(vae_fingerprint=cache.vae_fingerprint, image_size=config.data.image_size, classes=cache.classes)
+        cache = LatentCache(config.validation.cache)
+        cache.check(vae_fingerprint=data.vae_fingerprint, image_size=config.data.image_size, classes=data.classes)
+        held_out = cache
     elif config.validation.fraction > 0:
-        cache, held_out = hold_out(cache, config.validation.fraction, config.seed)
-    return cache, None if held_out is None else limited(held_out, config.validation, config.seed)
+        data, held_out = hold_out(data, config.validation.fraction, config.seed)
+    return data, None if held_out is None else limited(held_out, config.validation, config.seed)
 
 
-def limited(held_out: LatentCache, validation: ValidationConfig, seed: int) -> LatentCache:
+def limited(held_out: TrainingData, validation: ValidationConfig, seed: int) -> TrainingData:
     """At most `validation.images` of the images, drawn once for all."""
     if len(held_out) <= validation.images:
         return held_out
@@ -61,10 +63,13 @@ class Validation:
         held_out: the images.
         config: gives the batch size, the diffusion batch multiplier and the seed.
         accelerator: all its processes take part, each with its share of every batch.
+        encode: makes latents of images that are not cached.
     """
 
-    def __init__(self, held_out: LatentCache, config: TrainConfig, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+    def __init__(
+        self, held_out: TrainingData, config: TrainConfig, accelerator: Accelerator, encode: PixelEncoder
+    ) -> None:
+        self.accelerator, self.encode = accelerator, encode
         self.batches = GroupBatches(
             held_out,
             group_size=config.model.images_in_sequence,
@@ -86,7 +91,7 @@ class Validation:
         device = self.accelerator.device
         losses = []
         for index in range(self.count):
-            batch = {name: tensor.to(device) for name, tensor in self.batches[index].items()}
+            batch = self.encode({name: tensor.to(device) for name, tensor in self.batches[index].items()})
             with self.accelerator.autocast():
                 losses.append(module(**batch).float().mean())
         module.train(training)

@@ -13,8 +13,9 @@ from training.cache_latents import cache_latents, report
 from training.config import ConfigError, DataConfig
 from training.data import GroupBatches
 from training.images import read_image
-from training.latent_cache import CacheError, LatentCache, load_vae, module_fingerprint
+from training.latent_cache import CacheError, LatentCache
 from training.sources import FolderSource
+from training.vae import load_vae, module_fingerprint
 
 
 @pytest.fixture

@@ -173,7 +173,7 @@ def test_mrar_with_longer_sequences(
 def test_scale_level_from_a_one_step_model(small) -> None:
     """A group is one image, which every prefix predicts; the pipeline makes one image for each scale."""
     trainer = train(small("digits_scales"))
-    assert (trainer.batches.group_size, trainer.batches.groups_per_epoch) == (3, len(trainer.cache))
+    assert (trainer.batches.group_size, trainer.batches.groups_per_epoch) == (3, len(trainer.data))
     pipeline = final_pipeline(trainer)
     assert pipeline.condition_encoder.group_sizes == (1, 4, 9)
     assert len(pipeline("2", num_inference_steps=2, return_intermediates=True).intermediates) == 3

@@ -18,8 +18,9 @@ from PIL import Image
 
 from training.cache_latents import ShardWriter, cache_latents, report
 from training.config import ConfigError, DataConfig
-from training.latent_cache import CacheError, LatentCache, load_vae
+from training.latent_cache import CacheError, LatentCache
 from training.sources import FolderSource, Source, open_source
+from training.vae import load_vae
 
 
 REPOSITORY = Path(__file__).parents[2]

@@ -175,7 +175,7 @@ def test_bf16_keeps_weights_in_float32_and_stays_near_float32(make_config) -> No
 # --- memory and speed ---
 
 
-@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"optimizer.kind": "fused"}])
+@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"optimizer.kind": "adamw"}])
 def test_memory_and_speed_options_leave_the_curve_alone(make_config, change: dict) -> None:
     options = {"model.patch_size": 2, "checkpoints.every": 100}  # dropout is on: its draws are repeated
     train(make_config("plain", **options))

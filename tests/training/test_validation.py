@@ -106,8 +106,8 @@ def test_another_cache_can_validate_if_it_fits(make_config, data_config, tmp_pat
     other = cache_latents(replace(data_config, cache=str(tmp_path / "other"), mirror=False, dtype="float16"))
     config = make_config(**{"validation.cache": str(other.folder), "validation.images": 6})
     trainer = Trainer(config)
-    assert len(trainer.cache) == 17
-    assert len(trainer.validation.batches.cache) == 6
+    assert len(trainer.data) == 17
+    assert len(trainer.validation.batches.data) == 6
     fewer = cache_latents(replace(data_config, cache=str(tmp_path / "fewer"), classes=["1", "2"]))
     with pytest.raises(CacheError, match="classes is"):
         Trainer(make_config("second", **{"validation.cache": str(fewer.folder)}))

@@ -38,7 +38,9 @@ class ModulatedLayerNorm(nn.LayerNorm):
     One row for the whole batch, as in sampling, goes into the affine weights: one pass over the tokens in place of two.
     """
 
-    def forward(self, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def forward(  # type: ignore[override]
+        self, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
         if len(scale) > 1:
             return torch.addcmul(shift, super().forward(hidden_states), 1 + scale)
         weight, bias = (1 + scale).flatten(), shift.flatten()

@@ -1,0 +1,99 @@
+"""The VAE of a run: loading it, telling it from others, and encoding images while training.
+
+Shapes: B groups, n different images per group, N images per group, c pixel channels, H side in pixels, C latent
+channels, s latent side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from .config import require
+from .latent_cache import CacheError
+
+
+def load_vae(name: str) -> AutoencoderKL:
+    """The VAE of a folder, or of a Hub repository `org/name`, perhaps in a sub-folder: `org/name/vae`.
+
+    Raises:
+        CacheError: if it is in neither place.
+    """
+    repository, _, subfolder = name.rpartition("/")
+    is_nested = not Path(name).exists() and repository.count("/") == 1
+    try:
+        if is_nested:
+            return AutoencoderKL.from_pretrained(repository, subfolder=subfolder)
+        return AutoencoderKL.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CacheError(
+            f"data.vae {name!r} cannot be loaded: neither a folder with an AutoencoderKL here, nor to be had from the "
+            f"Hub ({reason})"
+        ) from error
+
+
+def module_fingerprint(module: torch.nn.Module, config: dict[str, Any]) -> str:
+    """A digest of a model's configuration and weights, the same wherever the model is stored."""
+    digest = hashlib.sha256()
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
+    digest.update(json.dumps(public, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_vae(vae: AutoencoderKL, image_size: int) -> None:
+    stride, channels = 2 ** (len(vae.config.block_out_channels) - 1), vae.config.in_channels
+    require(image_size % stride == 0, f"data.image_size is {image_size}; the VAE needs a multiple of {stride}")
+    require(channels in (1, 3), f"data.vae takes images of {channels} channels; grey (1) and RGB (3) can be cached")
+
+
+def latent_shape(vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
+    """`(C, s, s)` of an image of `image_size` pixels a side."""
+    side = image_size // 2 ** (len(vae.config.block_out_channels) - 1)
+    return vae.config.latent_channels, side, side
+
+
+class PixelEncoder:
+    """Makes batches of latents out of batches of pixels, on the device; those that hold latents pass through.
+
+    Args:
+        vae: frozen, on its device.
+        chunk: images encoded at once.
+        autocast: whether the VAE runs in bfloat16. Not in float16, which many VAEs overflow.
+    """
+
+    def __init__(self, vae: AutoencoderKL, chunk: int, autocast: bool) -> None:
+        self.vae, self.chunk, self.autocast = vae, chunk, autocast
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Replace `pixels` `(B, n, c, H, H)` and `posterior` `(B, n, C, s, s)`, the normal numbers that draw from the
+        posterior, by `latents` `(B, N, C, s, s)` in scaled units.
+        """
+        if "pixels" not in batch:
+            return batch
+        pixels, normal, config = batch["pixels"], batch["posterior"], self.vae.config
+        samples = torch.cat([
+            self._sample(images, numbers)
+            for images, numbers in zip(
+                pixels.flatten(0, 1).split(self.chunk), normal.flatten(0, 1).split(self.chunk), strict=True
+            )
+        ])  # fmt: skip
+        latents = (samples - (config.shift_factor or 0.0)) * config.scaling_factor
+        num_images = len(batch["timesteps"])  # of which all are the same, if only one was read
+        kept = {name: batch[name] for name in ("labels", "timesteps", "noise")}
+        return kept | {"latents": latents.view_as(normal).expand(-1, num_images, -1, -1, -1)}
+
+    def _sample(self, pixels: Tensor, normal: Tensor) -> Tensor:
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.autocast):
+            posterior = self.vae.encode(pixels).latent_dist
+        return posterior.mean.float() + posterior.std.float() * normal
