@@ -4,11 +4,12 @@ Every peer goes from class labels to latents. Decoding is left out here: the VAE
 code, and another one for DiT; it has a number of its own in the results.
 """
 
+import copy
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -69,6 +70,7 @@ class Peer:
     """Something that makes latents from labels."""
 
     name: str
+    setting: Setting
     full_steps = TRANSDIFF_STEPS
     load_seconds: float | None = None
     compiled = False
@@ -131,6 +133,12 @@ def recorded_step_noise(pipeline: TransDiffPipeline, draws: Iterator[torch.Tenso
 
     with mock.patch.object(scheduler, "step", step_with_noise):
         yield
+
+
+class OurFloat32(OurPipeline):
+    """Ours in float32, beside ours in a half precision: the weights before they were rounded."""
+
+    name = "transdiff_pipelines, float32"
 
 
 class ReleasedCode(Peer):
@@ -220,14 +228,18 @@ def random_pipeline(model: PublishedModel, seed: int = 0) -> TransDiffPipeline:
     )
 
 
-def load_peers(setting: Setting, checkout: Path | None, with_dit: bool) -> list[Peer]:
+def load_peers(setting: Setting, checkout: Path | None, with_dit: bool, with_float32: bool = False) -> list[Peer]:
     """Our pipeline first, then the others asked for; the released code and ours with the same weights."""
     peers: list[Peer] = []
     if checkout is None:
         start = time.perf_counter()
-        ours = OurPipeline(setting, random_pipeline(setting.model).to(setting.dtype))
+        pipeline = random_pipeline(setting.model)
+        exact = copy.deepcopy(pipeline) if with_float32 and setting.dtype != torch.float32 else None
+        ours = OurPipeline(setting, pipeline.to(setting.dtype))
         ours.load_seconds = time.perf_counter() - start
         peers.append(ours)
+        if exact is not None:
+            peers.append(OurFloat32(replace(setting, dtype=torch.float32), exact))
     else:
         peers.extend(_same_weights(setting, checkout))
     if with_dit:

@@ -25,7 +25,7 @@ from transdiff_pipelines.presets import PUBLISHED, published_model
 
 from .machine import DTYPES, CallClock, PeakMemory, describe, matrix_product_rate, synchronize
 from .operations import Operations, limit_arithmetic
-from .peers import DIT_STEPS, OurPipeline, Peer, ReleasedCode, Setting, load_peers
+from .peers import DIT_STEPS, OurFloat32, OurPipeline, Peer, ReleasedCode, Setting, load_peers
 from .report import command_line, markdown_table, plt, save_figure, significant, write_json, write_text
 
 
@@ -33,6 +33,8 @@ from .report import command_line, markdown_table, plt, save_figure, significant,
 DIT_PAPER_SECONDS = 45.0
 NOISE_SEED = 1
 CHECKED_STEPS = 2
+# What tells how far the final latents are from those of a peer.
+ERROR_NAMES = {ReleasedCode.name: "relative_error_to_released", OurFloat32.name: "relative_error_to_float32"}
 RATIOS = ("seconds", "step_seconds", "cpu_seconds", "cpu_step_seconds", "full_seconds")
 
 
@@ -77,7 +79,7 @@ def row_of(peer: Peer, setting: Setting, steps: int, clocks: list[CallClock], fi
         "peer": peer.name,
         "model": setting.model.folder if num_images == setting.model.num_images else "DiT-XL/2",
         "batch_size": setting.batch_size,
-        "dtype": str(setting.dtype).removeprefix("torch."),
+        "dtype": str(peer.setting.dtype).removeprefix("torch."),
         "compiled": peer.compiled,
         "steps": steps,
         "load_seconds": peer.load_seconds,
@@ -124,10 +126,12 @@ def _identity(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("model", "batch_size", "dtype", "compiled")}
 
 
-def same_latents(peers: Sequence[Peer], setting: Setting, steps: int) -> float | None:
-    """max |ours - theirs| / max |theirs| of final latents with recorded noise; None without the released code."""
+def relative_error(
+    peers: Sequence[Peer], kind: type[OurFloat32] | type[ReleasedCode], setting: Setting, steps: int
+) -> float | None:
+    """max |ours - theirs| / max |theirs| of final latents with recorded noise; None without a peer of that kind."""
     ours = next((peer for peer in peers if isinstance(peer, OurPipeline)), None)
-    theirs = next((peer for peer in peers if isinstance(peer, ReleasedCode)), None)
+    theirs = next((peer for peer in peers if isinstance(peer, kind)), None)
     if ours is None or theirs is None:
         return None
     side, count = setting.model.latent_size, setting.model.num_images * (steps - 1)
@@ -157,18 +161,17 @@ def decode_seconds(peers: Sequence[Peer], setting: Setting) -> float | None:
 
 def run_setting(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one setting; the memory of its models is free again afterwards."""
-    peers = load_peers(setting, options.reference, options.dit)
+    peers = load_peers(setting, options.reference, options.dit, options.float32)
     rows = measure(peers, setting, options.rounds, options.dit_steps)  # before all else: the first call may compile
-    error = same_latents(peers, setting, steps=min(setting.steps, CHECKED_STEPS))
+    steps = min(setting.steps, CHECKED_STEPS)
+    errors = {
+        "relative_error_to_released": relative_error(peers, ReleasedCode, setting, steps),
+        "relative_error_to_float32": relative_error(peers, OurFloat32, setting, steps),
+    }
     decoding = decode_seconds(peers, setting) if options.decode else None
     del peers
     gc.collect()
-    return {
-        "rows": rows,
-        "comparisons": compare(rows),
-        "relative_error_to_released": error,
-        "decode_seconds": decoding,
-    }
+    return {"rows": rows, "comparisons": compare(rows), "decode_seconds": decoding} | errors
 
 
 def settings_of(options: argparse.Namespace) -> list[Setting]:
@@ -264,7 +267,7 @@ def ratio_table(result: dict[str, Any]) -> str:
     rows = []
     for setting in result["settings"]:
         for comparison in setting["comparisons"]:
-            error = setting["relative_error_to_released"] if comparison["peer"] == ReleasedCode.name else None
+            error = setting.get(ERROR_NAMES.get(comparison["peer"]))
             rows.append([
                 comparison["model"],
                 comparison["peer"],
@@ -356,6 +359,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100, help="denoising steps to run for each image")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each peer")
     parser.add_argument("--reference", type=Path, help="checkout of the released code, to compare with")
+    parser.add_argument("--float32", action="store_true", help="compare half precision with ours in float32")
     parser.add_argument("--dit", action="store_true", help="compare with diffusers' DiT-XL/2")
     parser.add_argument("--dit-steps", type=int, default=DIT_STEPS, help="denoising steps to run of DiT")
     parser.add_argument("--decode", action="store_true", help="time the VAE too")

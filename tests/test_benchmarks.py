@@ -269,6 +269,18 @@ class TestCommands:
         tables = [(tmp_path / name).read_text().split("\n\n")[2:] for name in ("run.md", "again.md")]
         assert tables[0] == tables[1]
 
+    def test_half_precision_beside_float32(self, tiny_models, tmp_path):
+        sampling.main([
+            "--models", "transdiff_b", "--steps", "2", "--rounds", "2", "--dtypes", "float32", "bfloat16", "--float32",
+            "--output", str(tmp_path / "run"),
+        ])  # fmt: skip
+        full, half = json.loads((tmp_path / "run.json").read_text())["settings"]
+        assert [row["dtype"] for row in (*full["rows"], *half["rows"])] == ["float32", "bfloat16", "float32"]
+        assert full["relative_error_to_float32"] is None
+        assert 0 < half["relative_error_to_float32"] < 0.1
+        assert half["comparisons"][0]["operations_step"] == 1
+        assert f"{half['relative_error_to_float32']:.1e}" in (tmp_path / "run.md").read_text()
+
     def test_peers_are_compared_pair_by_pair(self):
         rows = [
             {"peer": name, "model": "m", "batch_size": 1, "dtype": "float32", "compiled": False, "steps": steps}
