@@ -188,14 +188,16 @@ def count(call: Callable[[], Any]) -> int:
 
 
 def take_turns(calls: Mapping[str, Callable[[], Any]], network: nn.Module, rounds: int) -> dict[str, dict[str, Any]]:
-    """Seconds and FLOPs of each call: a first round that is counted and not timed, then rounds in turns."""
+    """Seconds and FLOPs of each call: a round that is counted, one more for memory to settle, then rounds in turns."""
     results: dict[str, dict[str, Any]] = {
         name: {"flops": count(call), "seconds": [], "cpu_seconds": []} for name, call in calls.items()
     }
-    for number in range(rounds):
+    for number in range(-1, rounds):
         for name in sorted(calls, reverse=number % 2 == 1):
             clock = CallClock(next(network.parameters()).device, network)
             clock.time(calls[name])
+            if number < 0:
+                continue
             results[name]["seconds"].append(clock.total)
             results[name]["cpu_seconds"].append(clock.cpu)
     return results
