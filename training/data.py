@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .config import TrainConfig
 from .loss import drop_labels, logit_normal_timesteps
 
 
@@ -142,6 +143,20 @@ class GroupBatches(Dataset[Batch]):
         self.rank = rank
         self.global_batch_size = batch_size * world_size
         self._groups: dict[int, np.ndarray] = {}
+
+    @classmethod
+    def of(cls, config: TrainConfig, data: TrainingData, **changes: Any) -> GroupBatches:
+        """The batches that a configuration describes, with some arguments changed."""
+        settings = {
+            "group_size": config.model.images_in_sequence,
+            "same_image": config.model.scales is not None,
+            "batch_size": config.data.batch_size,
+            "diffusion_batch_mul": config.loss.diffusion_batch_mul,
+            "label_dropout": config.loss.label_dropout,
+            "seed": config.seed,
+            "groups_per_epoch": config.data.groups_per_epoch,
+        }
+        return cls(data, **(settings | changes))
 
     def epoch_groups(self, epoch: int) -> np.ndarray:
         """The groups of an epoch; those of the epoch before stay, for a batch that lies across the border."""

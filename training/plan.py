@@ -83,16 +83,7 @@ def block_bytes(module: nn.Module) -> int:
 
 def measure(trainer: Trainer, batch_size: int, steps: int) -> Measured | None:
     """Time and memory of whole training steps of one batch, after one that is not counted; None: out of memory."""
-    config = trainer.config
-    batches = GroupBatches(
-        trainer.data,
-        group_size=trainer.batches.group_size,
-        same_image=config.model.scales is not None,
-        batch_size=batch_size,
-        diffusion_batch_mul=config.loss.diffusion_batch_mul,
-        label_dropout=config.loss.label_dropout,
-        seed=config.seed,
-    )
+    batches = GroupBatches.of(trainer.config, trainer.data, batch_size=batch_size)
     try:
         trainer.train_step([batches[0]])
         start = trainer.watch.now()

@@ -106,7 +106,9 @@ class Trainer:
         module, notes = build_model(config, self.data)
         self.sampling = sampling_settings(config)
         self.preview_config = self._preview_of(module.classes)
-        self.batches = self._batches()
+        self.batches = GroupBatches.of(
+            config, self.data, rank=self.accelerator.process_index, world_size=self.accelerator.num_processes
+        )
         self.rate = LearningRate(self._peak_rate(), config.schedule, self.steps_per_epoch)
         self.say(*notes, *self._warnings(), self._describe_data())
 
@@ -153,21 +155,6 @@ class Trainer:
         else:
             optimizer = build_optimizer(module, self.config.optimizer)
             self.model, self.optimizer = self.accelerator.prepare(module, optimizer)
-
-    def _batches(self) -> GroupBatches:
-        data, loss = self.config.data, self.config.loss
-        return GroupBatches(
-            self.data,
-            group_size=self.config.model.images_in_sequence,
-            same_image=self.config.model.scales is not None,
-            batch_size=data.batch_size,
-            diffusion_batch_mul=loss.diffusion_batch_mul,
-            label_dropout=loss.label_dropout,
-            seed=self.config.seed,
-            groups_per_epoch=data.groups_per_epoch,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
 
     @property
     def groups_per_step(self) -> int:

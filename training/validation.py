@@ -70,14 +70,11 @@ class Validation:
         self, held_out: TrainingData, config: TrainConfig, accelerator: Accelerator, encode: PixelEncoder
     ) -> None:
         self.accelerator, self.encode = accelerator, encode
-        self.batches = GroupBatches(
+        self.batches = GroupBatches.of(
+            config,
             held_out,
-            group_size=config.model.images_in_sequence,
-            same_image=config.model.scales is not None,
-            batch_size=config.data.batch_size,
-            diffusion_batch_mul=config.loss.diffusion_batch_mul,
             label_dropout=0.0,
-            seed=config.seed,
+            groups_per_epoch=None,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )

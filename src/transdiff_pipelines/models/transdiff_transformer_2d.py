@@ -35,7 +35,7 @@ TIMESTEP_CHANNELS = 256
 class ModulatedLayerNorm(nn.LayerNorm):
     """LN(x) (1 + scale) + shift, with `shift` and `scale` `(B or 1, 1, D)`.
 
-    One row for the whole batch, as in sampling, goes into the affine weights: one pass over the tokens in place of two.
+    One row for the whole batch, as in sampling, goes into the affine weights: one pass over the tokens, not two.
     """
 
     def forward(  # type: ignore[override]

@@ -283,9 +283,9 @@ class TransDiffPipeline(
 
     def _guided_steps(self, timesteps: torch.Tensor, interval: tuple[float, float] | None) -> list[bool]:
         """Which steps need the unconditional branch: those whose σ lies in the interval, or all, or none."""
-        if not self.do_classifier_free_guidance:
-            return [False] * len(timesteps)
-        low, high = (0.0, 1.0) if interval is None else interval
+        if interval is None or not self.do_classifier_free_guidance:
+            return [self.do_classifier_free_guidance] * len(timesteps)  # without a look at the device
+        low, high = interval
         return [low <= timestep / NUM_TRAIN_TIMESTEPS <= high for timestep in timesteps.tolist()]
 
     def _set_timesteps(
