@@ -62,14 +62,14 @@ class Plan:
         return f"| {' | '.join(map(str, cells))} |"
 
     def memory(self, measured: Measured, processes: int, sharding: str) -> int:
-        """Bytes per process: DDP keeps the gradients twice (its buckets); FSDP2 gathers a block while the one before
-        it runs; DeepSpeed fills a bucket, of one size for all models, with gradients, and copies it.
+        """Bytes per process: DDP exchanges the gradients where they are; FSDP2 gathers a block while the one before it
+        runs; DeepSpeed fills a bucket, of one size for all models, with gradients, and copies it.
         """
         gradients = self.state["gradients"]
         beside_state = measured.working - gradients
         if processes == 1:
             return sum(self.state.values()) + beside_state
-        exchanged = {"no": gradients, "fsdp2": self.blocks, "zero2": 4 * BUCKET + min(4 * BUCKET, gradients)}[sharding]
+        exchanged = {"no": 0, "fsdp2": self.blocks, "zero2": 4 * BUCKET + min(4 * BUCKET, gradients)}[sharding]
         return sum(state_per_process(self.state, sharding, processes).values()) + beside_state + exchanged
 
 

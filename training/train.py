@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -89,6 +89,8 @@ class Trainer:
             mixed_precision=config.mixed_precision,
             log_with=config.trackers or None,
             project_config=ProjectConfiguration(str(self.output), logging_dir=str(self.output / "tensorboard")),
+            # DDP's buckets are then the gradients themselves, not a copy
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         check_distribution(self.accelerator.distributed_type)
         self.accumulation = accumulation_steps(config, self.accelerator.num_processes)
