@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import nn
 
 from .key_value_cache import KeyValue, KeyValueCache
@@ -137,14 +136,22 @@ def lora_scale(model: nn.Module, attention_kwargs: dict[str, Any] | None) -> Ite
     """Weigh the model's active LoRA adapters by `attention_kwargs["scale"]`, if given.
 
     diffusers' decorator `apply_lora_scale` would do, but its wrapper is one piece of code for all models, so that
-    torch.compile takes the second model for a recompilation of the first.
+    torch.compile takes the second model for a recompilation of the first; and after a scale of 0 it leaves every
+    adapter at 1, whatever its weight was.
     """
     scale = (attention_kwargs or {}).get("scale", 1.0)
-    scale_lora_layers(model, scale)
+    if scale == 1.0:
+        yield
+        return
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "scale_layer")]
+    weights = [dict(layer.scaling) for layer in layers]
     try:
+        for layer in layers:
+            layer.scale_layer(scale)
         yield
     finally:
-        unscale_lora_layers(model, scale)
+        for layer, scaling in zip(layers, weights, strict=True):
+            layer.scaling.update(scaling)
 
 
 def feed_forward(dim: int, mlp_ratio: float, dropout: float) -> FeedForward:

@@ -1,12 +1,14 @@
 """What fits together: checks of components and arguments, all made before any heavy work."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..models import ARConditionEncoder, TransDiffTransformer2DModel
@@ -35,6 +37,15 @@ _UNFIT_OPTIONS = {
     "invert_sigmas": (True, "it goes from the image to the noise"),
     "thresholding": (True, "it clips latents as if they were pixels"),
     "final_sigmas_type": ("sigma_min", "it stops before sigma 0 and leaves noise in the image"),
+    "use_dynamic_shifting": (True, "it wants a shift for each resolution, and the model knows one resolution"),
+}
+
+# Options that one scheduler alone cannot have here.
+_UNFIT_OPTIONS_OF = {
+    "UniPCMultistepScheduler": {
+        "solver_type": ("bh1", "at the flow's first sigma it divides by zero and gives NaN"),
+        "lower_order_final": (False, "at the flow's last sigma it divides by zero and gives NaN"),
+    }
 }
 
 _NOISE_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
@@ -95,7 +106,13 @@ def check_scheduler(scheduler: SchedulerMixin | None) -> None:
     if type(scheduler).__module__.startswith("diffusers.") and name not in FLOW_SCHEDULERS:
         reason = _UNFIT_SCHEDULERS.get(name, "it does not integrate a flow")
         raise ValueError(f"{name} cannot sample this model: {reason}; use one of {', '.join(FLOW_SCHEDULERS)}")
-    for option, (value, reason) in _UNFIT_OPTIONS.items():
+    steps = config.get("num_train_timesteps", 1000)
+    if steps != 1000:
+        raise ValueError(
+            f"{name} has num_train_timesteps={steps}, but the transformer's timestep is 1000 times sigma; make it "
+            f"with {name}.from_config(pipe.scheduler.config, num_train_timesteps=1000)"
+        )
+    for option, (value, reason) in (_UNFIT_OPTIONS | _UNFIT_OPTIONS_OF.get(name, {})).items():
         if config.get(option) == value:
             raise ValueError(f"{name} has {option}={value!r}: {reason}; make it with {option} left at its default")
     if name in _MULTISTEP_SCHEDULERS:
@@ -122,7 +139,7 @@ def guidance_per_image(guidance_scale: float | Sequence[float], num_images: int)
             "pass one number, or one for each"
         )
     for scale in scales:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        if isinstance(scale, bool) or not isinstance(scale, Real):
             raise TypeError(f"guidance_scale {scale!r} is a {type(scale).__name__}; expected a number")
         if not math.isfinite(scale) or scale < 0:
             raise ValueError(f"guidance_scale {scale} is not a finite number of at least 0; 1 means no guidance")
@@ -157,7 +174,7 @@ def custom_sigmas(
 
 def check_count(name: str, count: int) -> None:
     """Raise TypeError or ValueError unless `count` is an int of at least 1."""
-    if isinstance(count, bool) or not isinstance(count, int):
+    if isinstance(count, bool) or not isinstance(count, Integral):
         raise TypeError(f"{name} {count!r} is a {type(count).__name__}; expected an int")
     if count < 1:
         raise ValueError(f"{name} is {count}; at least 1 is needed")
@@ -175,7 +192,7 @@ def check_ar_steps(num_ar_steps: int | None, num_images: int) -> int:
 
 def check_strength(strength: float) -> None:
     """Raise TypeError or ValueError unless `strength` is a number in [0, 1]."""
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+    if isinstance(strength, bool) or not isinstance(strength, Real):
         raise TypeError(f"strength {strength!r} is a {type(strength).__name__}; expected a number")
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is {strength}; expected a number in [0, 1]: 0 keeps the image, 1 ignores it")
@@ -188,9 +205,18 @@ def check_latents(latents: torch.Tensor | None, shape: tuple[int, ...]) -> None:
 
 
 def check_generator(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
-    """Raise ValueError for a list of generators that does not have one for each image."""
+    """Raise TypeError for what is no generator, ValueError for a list that does not have one for each image."""
+    each = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    if not all(isinstance(one, torch.Generator) for one in each):
+        raise TypeError(f"generator is {generator!r}; expected a torch.Generator, or a list with one for each image")
     if isinstance(generator, list) and len(generator) != batch_size:
         raise ValueError(f"{len(generator)} generators were given for {batch_size} images; pass one, or one for each")
+
+
+def tensor_inputs_of(callback: Callable[..., Any] | None, named: Sequence[str]) -> Sequence[str]:
+    """What a callback wants to be given: diffusers' callback objects say it themselves."""
+    is_object = isinstance(callback, (PipelineCallback, MultiPipelineCallbacks))
+    return callback.tensor_inputs if is_object else named  # type: ignore[union-attr]
 
 
 def check_output(output_type: str, tensor_inputs: Sequence[str], known_tensor_inputs: Sequence[str]) -> None:

@@ -5,10 +5,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 
-ClassLabels = int | str | Sequence[int | str] | torch.Tensor
+ClassLabels = int | str | Sequence[int | str] | torch.Tensor | np.ndarray
 
 
 class ClassNames:
@@ -62,6 +63,10 @@ def parse_class_labels(class_labels: ClassLabels, names: ClassNames, num_classes
             raise TypeError(f"class_labels is a tensor of {class_labels.dtype}; expected integers")
         if class_labels.ndim > 1:
             raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}; expected one label a sample, (B,)")
+        class_labels = class_labels.reshape(-1).tolist()
+    if isinstance(class_labels, np.ndarray):
+        if class_labels.ndim > 1:
+            raise ValueError(f"class_labels has shape {class_labels.shape}; expected one label a sample, (B,)")
         class_labels = class_labels.reshape(-1).tolist()
     given = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels]
     if not given:

@@ -22,8 +22,10 @@ from .checks import (
     check_scheduler,
     check_strength,
     custom_sigmas,
+    tensor_inputs_of,
 )
 from .class_labels import ClassLabels, parse_class_labels
+from .hooks import hooks_freed
 from .image_inputs import check_images, check_masks, common_batch_size, is_latents
 from .pipeline_transdiff import NUM_TRAIN_TIMESTEPS, StepCallback, TransDiffPipeline, TransDiffPipelineOutput
 
@@ -49,6 +51,11 @@ class CallSettings:
     guidance_interval: tuple[float, float] | None
     attention_kwargs: dict[str, Any] | None
     timesteps: Sequence[float] | None
+
+    @property
+    def tensor_inputs(self) -> Sequence[str]:
+        """What the callback is given."""
+        return tensor_inputs_of(self.callback_on_step_end, self.callback_on_step_end_tensor_inputs)
 
 
 @dataclass(frozen=True)
@@ -178,30 +185,30 @@ class TransDiffEditingPipeline(TransDiffPipeline):
         if jump_n_sample > 1 and steps.start == 0 and jump_length >= len(steps):
             raise ValueError(f"jump_length is {jump_length}, but only jumps shorter than the {len(steps)} steps count")
 
-        # The noise comes first, as in plain generation.
-        noise = self.prepare_latents(inputs.batch_size, settings.generator, settings.latents)
-        edit = self._start_edit(inputs, noise, resampling_runs(steps, jump_length, jump_n_sample) if steps else [])
-        denoise = partial(
-            self.denoise,
-            num_inference_steps=inputs.num_inference_steps,
-            sigmas=inputs.sigmas,
-            guidance_interval=settings.guidance_interval,
-            generator=settings.generator,
-        )
-        callback = self._step_callback(settings.callback_on_step_end, settings.callback_on_step_end_tensor_inputs)
+        with hooks_freed(self):
+            # The noise comes first, as in plain generation.
+            noise = self.prepare_latents(inputs.batch_size, settings.generator, settings.latents)
+            edit = self._start_edit(inputs, noise, resampling_runs(steps, jump_length, jump_n_sample) if steps else [])
+            denoise = partial(
+                self.denoise,
+                num_inference_steps=inputs.num_inference_steps,
+                sigmas=inputs.sigmas,
+                guidance_interval=settings.guidance_interval,
+                generator=settings.generator,
+            )
+            callback = self._step_callback(settings.callback_on_step_end, settings.tensor_inputs)
 
-        def make_image(condition: torch.Tensor) -> torch.Tensor:
-            is_reference = self.current_ar_step != self.condition_encoder.num_images - 1
-            if not steps or (is_reference and references == "image"):
-                return edit.image_latents
-            if is_reference and references == "generated":
-                return denoise(noise, condition, on_step_end=callback)
-            return self._run_edit(edit, partial(denoise, condition=condition), callback, settings.generator)
+            def make_image(condition: torch.Tensor) -> torch.Tensor:
+                is_reference = self.current_ar_step != self.condition_encoder.num_images - 1
+                if not steps or (is_reference and references == "image"):
+                    return edit.image_latents
+                if is_reference and references == "generated":
+                    return denoise(noise, condition, on_step_end=callback)
+                return self._run_edit(edit, partial(denoise, condition=condition), callback, settings.generator)
 
-        label_ids = inputs.expand(inputs.labels).tolist()
-        sequence = self._make_sequence(label_ids, inputs.guidance_scales, make_image, settings.attention_kwargs)
-        images = self._decode_edit(sequence[-1], inputs, settings.output_type)
-        self.maybe_free_model_hooks()
+            label_ids = inputs.expand(inputs.labels).tolist()
+            sequence = self._make_sequence(label_ids, inputs.guidance_scales, make_image, settings.attention_kwargs)
+            images = self._decode_edit(sequence[-1], inputs, settings.output_type)
         return TransDiffPipelineOutput(images=images) if settings.return_dict else (images,)
 
     def _check_inputs(
@@ -210,7 +217,7 @@ class TransDiffEditingPipeline(TransDiffPipeline):
         """Check what the call is given, and that it fits together."""
         check_scheduler(self.scheduler)
         check_guidance_interval(settings.guidance_interval)
-        check_output(settings.output_type, settings.callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        check_output(settings.output_type, settings.tensor_inputs, self._callback_tensor_inputs)
         check_count("num_images_per_label", settings.num_images_per_label)
         sigmas = custom_sigmas(settings.sigmas, settings.timesteps, NUM_TRAIN_TIMESTEPS)
         num_classes = self.condition_encoder.config.num_classes

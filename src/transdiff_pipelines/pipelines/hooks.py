@@ -4,9 +4,10 @@ Offloading, layerwise casting and the approximating caches (FirstBlockCache, Fas
 MagCache, TaylorSeer) are hooks around the `forward` of the model and of its parts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from diffusers import FasterCacheConfig, ModelMixin
+from diffusers import DiffusionPipeline, FasterCacheConfig, ModelMixin
 from torch import nn
 
 
@@ -26,6 +27,15 @@ def _is_hooked(module: nn.Module) -> bool:
 def _has_diffusers_hook(module: nn.Module) -> bool:
     registry = getattr(module, "_diffusers_hook", None)
     return registry is not None and bool(registry.hooks)
+
+
+@contextmanager
+def hooks_freed(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Give offloaded weights back when the block ends, also where it fails: out of memory while decoding, for one."""
+    try:
+        yield
+    finally:
+        pipeline.maybe_free_model_hooks()
 
 
 def check_cache(transformer: ModelMixin, guided_steps: Sequence[bool]) -> None:

@@ -34,10 +34,11 @@ from .checks import (
     check_scheduler,
     custom_sigmas,
     guidance_per_image,
+    tensor_inputs_of,
 )
 from .class_labels import ClassLabels
 from .class_set import ClassSetMixin
-from .hooks import check_cache, has_hooked_parts
+from .hooks import check_cache, has_hooked_parts, hooks_freed
 from .reference_images import ReferenceImages, reference_latents
 from .sequence import SequenceMixin
 from .sequence_condition import Condition, ConditionEmbeds, ConditionSource, check_sequence_arguments, conditional_half
@@ -45,6 +46,10 @@ from .sequence_condition import Condition, ConditionEmbeds, ConditionSource, che
 
 # The transformer's timestep for σ = 1, whatever the scheduler.
 NUM_TRAIN_TIMESTEPS = 1000
+SIGMA_TOLERANCE = 1e-5
+
+# Schedulers whose custom sigmas are not those of the others: a list that ends with 0.
+OWN_FORM_OF_SIGMAS = {"LTXEulerAncestralRFScheduler"}
 
 # Index of the step, its timestep, and the tensors of the loop; to replacements for these.
 StepCallback = Callable[[int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -236,7 +241,7 @@ class TransDiffPipeline(
                 latents = self.scheduler.step(velocity, timestep, latents, **step_kwargs, return_dict=False)[0]
                 if on_step_end is not None:
                     replaced = on_step_end(i, timestep, {"latents": latents, "condition": condition})
-                    latents = replaced.get("latents", latents)
+                    latents = replaced.get("latents", latents).to(latents.dtype)
                     if "condition" in replaced:
                         condition = replaced["condition"]
                         projected = self._project_condition(condition)
@@ -285,8 +290,9 @@ class TransDiffPipeline(
         """Which steps need the unconditional branch: those whose σ lies in the interval, or all, or none."""
         if interval is None or not self.do_classifier_free_guidance:
             return [self.do_classifier_free_guidance] * len(timesteps)  # without a look at the device
-        low, high = interval
-        return [low <= timestep / NUM_TRAIN_TIMESTEPS <= high for timestep in timesteps.tolist()]
+        # Not from the timesteps, which some schedulers round. A float32 sigma of the grid may miss its own bound.
+        low, high = interval[0] - SIGMA_TOLERANCE, interval[1] + SIGMA_TOLERANCE
+        return [low <= sigma <= high for sigma in self.scheduler.sigmas[: len(timesteps)].tolist()]
 
     def _set_timesteps(
         self, num_inference_steps: int, sigmas: Sequence[float] | None, first_step: int = 0
@@ -377,46 +383,47 @@ class TransDiffPipeline(
         """
         check_scheduler(self.scheduler)
         check_guidance_interval(guidance_interval)
-        check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        check_output(output_type, tensor_inputs, self._callback_tensor_inputs)
         check_count("num_images_per_label", num_images_per_label)
         sigmas = custom_sigmas(sigmas, timesteps, NUM_TRAIN_TIMESTEPS)
         num_inference_steps = self._check_steps(num_inference_steps, sigmas)
         check_sequence_arguments(class_labels, condition_embeds, negative_condition_embeds, reference_images)
         guidance_scales = self._resolve_guidance(guidance_scale, num_ar_steps, condition_embeds)
         source: ConditionSource
-        if condition_embeds is None:
-            source = self._label_condition(class_labels, num_images_per_label, guidance_scales)  # type: ignore[arg-type]
-        else:
-            embeds = (condition_embeds, negative_condition_embeds)
-            source = self._given_condition(*embeds, num_images_per_label, guidance_scales, attention_kwargs)
-        batch_size = source.batch_size
-        check_latents(latents, self._latents_shape(batch_size))
-        check_generator(generator, batch_size)
-        references = None
-        if reference_images is not None:
-            num_labels = batch_size // num_images_per_label
-            references = reference_latents(self, reference_images, num_labels, len(guidance_scales))
-            references = references.repeat_interleave(num_images_per_label, dim=0)
+        with hooks_freed(self):
+            if condition_embeds is None:
+                source = self._label_condition(class_labels, num_images_per_label, guidance_scales)  # type: ignore[arg-type]
+            else:
+                embeds = (condition_embeds, negative_condition_embeds)
+                source = self._given_condition(*embeds, num_images_per_label, guidance_scales, attention_kwargs)
+            batch_size = source.batch_size
+            check_latents(latents, self._latents_shape(batch_size))
+            check_generator(generator, batch_size)
+            references = None
+            if reference_images is not None:
+                num_labels = batch_size // num_images_per_label
+                references = reference_latents(self, reference_images, num_labels, len(guidance_scales))
+                references = references.repeat_interleave(num_images_per_label, dim=0)
 
-        # One initial noise for all images of the sequence: only the condition and the steps' noise differ.
-        noise = self.prepare_latents(batch_size, generator, latents)
+            # One initial noise for all images of the sequence: only the condition and the steps' noise differ.
+            noise = self.prepare_latents(batch_size, generator, latents)
 
-        denoise = partial(
-            self.denoise,
-            noise,
-            num_inference_steps=num_inference_steps,
-            sigmas=sigmas,
-            guidance_interval=guidance_interval,
-            generator=generator,
-            on_step_end=self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs),
-        )
-        sequence = self._run_sequence(source, guidance_scales, denoise, attention_kwargs, references)
+            denoise = partial(
+                self.denoise,
+                noise,
+                num_inference_steps=num_inference_steps,
+                sigmas=sigmas,
+                guidance_interval=guidance_interval,
+                generator=generator,
+                on_step_end=self._step_callback(callback_on_step_end, tensor_inputs),
+            )
+            sequence = self._run_sequence(source, guidance_scales, denoise, attention_kwargs, references)
 
-        images = self.decode_latents(sequence[-1], output_type)
-        intermediates = None
-        if return_intermediates:
-            intermediates = [self.decode_latents(image, output_type) for image in sequence[:-1]] + [images]
-        self.maybe_free_model_hooks()
+            images = self.decode_latents(sequence[-1], output_type)
+            intermediates = None
+            if return_intermediates:
+                intermediates = [self.decode_latents(image, output_type) for image in sequence[:-1]] + [images]
         if not return_dict:
             return (images,) if intermediates is None else (images, intermediates)
         return TransDiffPipelineOutput(images=images, intermediates=intermediates)
@@ -439,6 +446,7 @@ class TransDiffPipeline(
         if sigmas is None:
             check_count("num_inference_steps", num_inference_steps)
             return num_inference_steps
-        if "sigmas" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+        reads_sigmas = "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters
+        if not reads_sigmas or type(self.scheduler).__name__ in OWN_FORM_OF_SIGMAS:
             raise ValueError(f"{type(self.scheduler).__name__} takes no custom sigmas; pass num_inference_steps")
         return len(sigmas)

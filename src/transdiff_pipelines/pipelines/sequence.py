@@ -23,7 +23,6 @@ class SequenceMixin:
     transformer: Any
     config: Any
     progress_bar: Any
-    maybe_free_model_hooks: Any
     _class_names: Any
     _execution_device: torch.device
     attention_kwargs: Any
@@ -45,12 +44,17 @@ class SequenceMixin:
         `num_classes` is the null class, the unconditional branch of guidance. With a `cache` from
         `condition_encoder.new_cache()` a sequence is encoded group by group, see `ARConditionEncoder.forward`.
         """
+        num_classes = self.condition_encoder.config.num_classes
         if not isinstance(class_labels, torch.Tensor):
-            num_classes = self.condition_encoder.config.num_classes
             class_labels = torch.tensor(parse_class_labels(class_labels, self._class_names, num_classes))
+        elif class_labels.device.type == "cpu":  # elsewhere a look at the ids would wait for the device
+            parse_class_labels(class_labels, self._class_names, num_classes + 1)
+        class_labels = class_labels[None] if class_labels.ndim == 0 else class_labels
         class_labels = class_labels.to(self._execution_device)
-        if reference_latents is not None and len(class_labels) == 1:
-            class_labels = class_labels.expand(len(reference_latents))
+        if reference_latents is not None:
+            reference_latents = reference_latents.to(self._execution_device)
+            if len(class_labels) == 1:
+                class_labels = class_labels.expand(len(reference_latents))
         condition = self.condition_encoder(
             class_labels,
             reference_latents,
@@ -115,10 +119,8 @@ class SequenceMixin:
                 device=self._execution_device,
                 dtype=self.transformer.dtype,
             )
-        except BaseException:
+        finally:
             self._attention_kwargs = None
-            self.maybe_free_model_hooks()
-            raise
 
     def _run_sequence(
         self,
@@ -143,15 +145,14 @@ class SequenceMixin:
                         self._guidance_scale = guidance_scales[ar_step]
                     if unseen is not None:
                         condition = source.extend(unseen)
+                    if ar_step == len(guidance_scales) - 1:
+                        source.finish()
                     sequence.append(make_image(condition))
                     unseen = sequence[-1].unsqueeze(1)
                     self._images_left -= 1
                     progress.update()
                     if self.interrupt:
                         break
-        except BaseException:
-            self.maybe_free_model_hooks()
-            raise
         finally:
             # Nothing of a call is left behind, however it ends.
             self._current_ar_step = self._current_timestep = self._attention_kwargs = None

@@ -31,6 +31,10 @@ class ConditionSource(Protocol):
         """Condition of the next image, `(G B, M, D)`, from the images not yet seen `(B, n, C, s, s)`, or None."""
         ...
 
+    def finish(self) -> None:
+        """Let go of what only a further image would need."""
+        ...
+
 
 class SequenceCondition:
     """Condition tokens of B sequences, one group longer with every image: the encoder sees each group once.
@@ -82,6 +86,10 @@ class SequenceCondition:
             self.tokens = group if self.tokens is None else torch.cat([self.tokens, group], dim=1)
         return self.tokens
 
+    def finish(self) -> None:
+        """The encoder's keys and values need not be kept while the last image is made and decoded."""
+        self._cache = self.tokens = None
+
 
 class GivenCondition:
     """A condition that the caller made: tokens, or a function that makes them for each image of the sequence.
@@ -127,6 +135,9 @@ class GivenCondition:
         if len(rows) != self.batch_size:
             raise ValueError(f"condition_embeds made {len(rows)} rows for {self.batch_size} images; expected one each")
         return torch.cat([self._unconditional(rows), rows]) if self._guided else rows
+
+    def finish(self) -> None:
+        """The rows are the caller's; nothing else is kept."""
 
     def _unconditional(self, rows: torch.Tensor) -> torch.Tensor:
         """The other branch, `(B, M, D)` like `rows`; of a condition cut short, the null class is cut alike."""

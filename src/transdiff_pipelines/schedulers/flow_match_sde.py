@@ -56,6 +56,11 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
                 f"prediction_type is {config.prediction_type!r}; this scheduler integrates 'flow_prediction' "
                 "(velocity) only"
             )
+        # Two names of one thing: flow-match schedulers read `shift`, multistep ones `flow_shift`.
+        if 1 in (config.shift, config.flow_shift) and config.shift != config.flow_shift:
+            shift = config.flow_shift if config.shift == 1 else config.shift
+            self.register_to_config(shift=shift, flow_shift=shift)
+            config = self.config
         if "_use_default_values" in config:  # absent on a scheduler reloaded from its saved config
             dropped = sorted(set(config._use_default_values) - _ALWAYS_HANDED_ON)
             # The class name, which a saved config has, tells other schedulers' `from_config` whose entries these are.
@@ -89,7 +94,7 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
 
     def _set_grid(self, sigmas: torch.Tensor, device: str | torch.device | None) -> None:
         # sigmas stay on the CPU: as 0-dim CPU tensors they meet samples of any device without a synchronisation.
-        self.sigmas = torch.cat([sigmas.cpu(), torch.zeros(1)])
+        self.sigmas = torch.cat([sigmas.cpu(), sigmas.new_zeros(1, device="cpu")])
         self.timesteps = (sigmas * self.config.num_train_timesteps).to(device)
         self._step_index = self._begin_index = None
 
@@ -136,6 +141,8 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: the timestep is not in the grid.
         """
+        if isinstance(timestep, torch.Tensor) and timestep.numel() != 1:
+            raise ValueError(f"timestep has shape {tuple(timestep.shape)}; a step has one for the whole batch")
         distance = (self.timesteps - timestep).abs()
         index = int(distance.argmin())
         # float32 keeps about 7 digits: a timestep that went through another dtype or device is still found.
@@ -180,7 +187,7 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
             noise = variance_noise
             if noise is None:
                 noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-            noise = noise.to(dtype)
+            noise = noise.to(sample.device, dtype)
         prev_sample = self._advance(model_output.to(dtype), sample.to(dtype), sigma, sigma_next, noise)
 
         self._step_index += 1

@@ -39,7 +39,10 @@ class FlowMatchSDEMultistepScheduler(FlowMatchSDEScheduler):
         solver_order: int = 2,
     ):
         if solver_order not in (1, 2):
-            raise ValueError(f"solver_order is {solver_order}; choose 1 or 2")
+            raise ValueError(
+                f"solver_order is {solver_order}; choose 1 or 2. Of another scheduler's config: from_config(config, "
+                "solver_order=2)"
+            )
         self._initialize()
 
     def _set_grid(self, sigmas: torch.Tensor, device: str | torch.device | None) -> None:
@@ -51,6 +54,7 @@ class FlowMatchSDEMultistepScheduler(FlowMatchSDEScheduler):
     ) -> torch.Tensor:
         x0 = x - sigma * velocity
         if sigma_next == 0:
+            self._previous = None
             return x0
         x0_over_step = self._extrapolate(x0, sigma, sigma_next)
         self._previous = (sigma, x0)
