@@ -278,6 +278,8 @@ def write_index(writer: ShardWriter, settings: dict[str, Any]) -> None:
     std = (totals["sum_of_squares"] / totals["numbers"] - mean**2) ** 0.5
     index = {"settings": settings, "shards": shards, "skipped": skipped, "latent_mean": mean, "latent_std": std}
     write_json(writer.folder / "index.json", index)
+    for leftover in writer.folder.glob("*.partial"):  # of processes that were killed
+        leftover.unlink(missing_ok=True)
 
 
 def report(cache: LatentCache) -> str:

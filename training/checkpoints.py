@@ -14,7 +14,7 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +113,8 @@ def all_processes(accelerator: Accelerator, fine: bool) -> bool:
     return bool(accelerator.gather(torch.tensor([fine], device=accelerator.device)).all())
 
 
-def resume_from(accelerator: Accelerator, candidates: list[Path], load: Callable[[Path], None]) -> list[str]:
-    """Load the first of the candidates that can be read, on all processes the same; returns a warning for each other.
-
-    What cannot be read is renamed to broken-step-..., once an older one has taken its place.
+def resume_from(accelerator: Accelerator, candidates: list[Path], load: Callable[[Path], None]) -> dict[Path, str]:
+    """Load the first of the candidates that can be read, on all processes the same; returns why others cannot be.
 
     Raises:
         CheckpointError: if none can be read.
@@ -130,13 +128,29 @@ def resume_from(accelerator: Accelerator, candidates: list[Path], load: Callable
         except BrokenCheckpointError as error:
             fine, problem = False, str(error)
         if all_processes(accelerator, fine):
-            if accelerator.is_main_process:
-                for other in broken:
-                    other.rename(other.with_name(f"broken-{other.name}"))
-            accelerator.wait_for_everyone()
-            return [f"warning: {problem}; going on from {path.name} instead" for problem in broken.values()]
+            return broken
         broken[path] = problem
     raise CheckpointError(f"no checkpoint can be read: {'; '.join(broken.values())}")
+
+
+def set_aside(output: Path, step: int, broken: Collection[Path]) -> list[str]:
+    """Give the checkpoints after `step` other names, so that none is taken for one of the run that goes on from there:
+    broken-step-..., or abandoned-step-... if they can be read. Returns a line on each.
+    """
+    lines = []
+    for path in checkpoint_folders(output):
+        if int(path.name.removeprefix("step-")) > step:
+            name = f"{'broken' if path in broken else 'abandoned'}-{path.name}"
+            shutil.rmtree(path.with_name(name), ignore_errors=True)
+            path.rename(path.with_name(name))
+            lines.append(f"{path.name} is now called {name}: the run goes on from step {step}")
+    return lines
+
+
+def remove_leftovers(output: Path) -> None:
+    """Delete what runs that were killed have left half-written."""
+    for path in (output / "checkpoints").glob(".step-*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def save_checkpoint(
@@ -155,36 +169,45 @@ def save_checkpoint(
     """
     final = output / "checkpoints" / f"step-{progress['step']:08d}"
     partial = final.with_name(f".{final.name}.partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    problem = None
-    try:
-        accelerator.save_state(str(partial / "state"))
-        save_weights(partial)
-        if accelerator.is_main_process:
-            write_json(partial / "progress.json", progress)
-    except WRITE_ERRORS as error:
-        problem = error
-    if not all_processes(accelerator, problem is None):
-        if accelerator.is_main_process:
+    main = accelerator.is_main_process
+
+    def make_folder() -> None:
+        if main:
             shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{final} cannot be written ({problem or 'by another process'})") from problem
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+            partial.mkdir(parents=True)
+
+    def put_in_place() -> None:
+        if main:
+            write_json(partial / "progress.json", progress)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+
+    # After each part all processes agree whether to go on: one that fails must not leave the others in a gather.
+    parts = [make_folder, lambda: accelerator.save_state(str(partial / "state")), lambda: save_weights(partial)]
+    for part in [*parts, put_in_place]:
+        problem = None
+        try:
+            part()
+        except WRITE_ERRORS as error:
+            problem = error
+        if not all_processes(accelerator, problem is None):
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(f"{final} cannot be written ({problem or 'by another process'})") from problem
+    if main:
         for old in checkpoint_folders(output)[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def read_progress(checkpoint: Path, config: TrainConfig, groups_per_step: int, images: str) -> dict[str, Any]:
+def read_progress(
+    checkpoint: Path, config: TrainConfig, groups_per_step: int, origins: dict[str, str]
+) -> dict[str, Any]:
     """progress.json of a checkpoint, checked against the configuration of the run that wants to continue it.
 
     Args:
         groups_per_step: the run's global batch, over all processes.
-        images: digest of the images it trains on.
+        origins: digests of what it trains on and starts from, by name.
 
     Raises:
         BrokenCheckpointError: if it cannot be read.
@@ -192,19 +215,19 @@ def read_progress(checkpoint: Path, config: TrainConfig, groups_per_step: int, i
     """
     try:
         progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-        before = to_dict(build(TrainConfig, progress["config"]))  # settings that were not there yet have defaults
+        settings = to_dict(build(TrainConfig, progress["config"]))  # settings that were not there yet have defaults
     except ConfigError as error:
         raise CheckpointError(f"{checkpoint} was written by another version: {error}") from None
     except READ_ERRORS as error:
         raise BrokenCheckpointError(f"{checkpoint / 'progress.json'} cannot be read ({error!r})") from error
-    differing = settings_that_differ(before, to_dict(config))
+    differing = settings_that_differ(settings, to_dict(config))
     if progress.get("groups_per_step", groups_per_step) != groups_per_step:
         differing.append(
             f"the global batch (data.batch_size x processes x accumulation) was {progress['groups_per_step']}, "
             f"now {groups_per_step}"
         )
-    if progress.get("images", images) != images:
-        differing.append("the images, or their order or classes, were others")
+    before = progress.get("origins", {})
+    differing += [f"the {name} were others" for name in origins if before.get(name, origins[name]) != origins[name]]
     if differing:
         raise CheckpointError(
             f"{checkpoint} belongs to a run with other settings: {'; '.join(differing)}. Set them back, or choose "

@@ -13,10 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from .options import ConfigError as ConfigError
-from .options import build, option, read_yaml, require, section_help, set_key, split_arguments
+from .options import build, option, read_value, read_yaml, require, section_help, set_key, split_arguments
 from .options import to_dict as to_dict
 
 
@@ -250,6 +248,7 @@ class PreviewConfig:
 
     def __post_init__(self) -> None:
         require(self.every is None or self.every >= 1, f"preview.every is {self.every}; it must be 1 or more, or null")
+        require(self.labels is None or bool(self.labels), "preview.labels is empty; name classes, or set it to null")
         for name in ("rows", "num_inference_steps"):
             require(getattr(self, name) >= 1, f"preview.{name} is {getattr(self, name)}; it must be 1 or more")
 
@@ -362,7 +361,7 @@ def load_config(arguments: Sequence[str], program: str = "training.train") -> Tr
     require(len(files) == 1, f"give exactly one --config FILE, not {len(files)}; --help shows the keys")
     tree = read_yaml(Path(files[0]))
     for key, text in overrides:
-        set_key(tree, key, yaml.safe_load(text))
+        set_key(tree, key, read_value(key, text))
     return build(TrainConfig, tree)
 
 

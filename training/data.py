@@ -190,8 +190,10 @@ class GroupBatches(Dataset[Batch]):
         time, posterior, noise = torch.randn(sum(sizes), generator=generator).split(sizes)
         numbers = uniform[1:].view(self.num_distinct, -1).tolist()
         drawn = [self.data.draw(image, own) for image, own in zip(images.tolist(), numbers, strict=True)]
+        # an image that took another one's place brings its own label
+        first = int(drawn[0].get("used", images[0]))
         return {
-            "label": torch.tensor(int(self.data.labels[images[0]])),
+            "label": torch.tensor(int(self.data.labels[first])),
             "drop": uniform[0],
             "time": time.view(count, mul),
             "posterior": posterior.view(self.num_distinct, *shape),

@@ -29,7 +29,13 @@ class WeightAverage:
         self.trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
         self.names = list(self.trained)
         self.parameters = [local(value.detach()).requires_grad_() for value in self.trained.values()]
-        self.average = EMAModel(self.parameters, decay=decay, min_decay=0.0 if warmup else decay, foreach=True)
+        self.average = EMAModel(
+            self.parameters,
+            decay=decay,
+            min_decay=0.0 if warmup else decay,
+            update_after_step=-1,  # else the first update would be a copy
+            foreach=True,
+        )
 
     def update(self) -> None:
         """Take in the module's weights after an optimiser step."""

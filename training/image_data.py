@@ -21,8 +21,8 @@ from tqdm import tqdm
 from .config import ConfigError, DataConfig
 from .data import TrainingData
 from .images import BadImage, random_crop, read_image
-from .latent_cache import CacheError, LatentCache
-from .sources import Example, IndexedSource, digest_of, open_source
+from .latent_cache import CacheError, LatentCache, digest_of
+from .sources import Example, IndexedSource, open_source
 from .vae import check_vae, latent_shape, module_fingerprint
 
 
@@ -30,7 +30,7 @@ class ImageData:
     """The images of a source as `data.TrainingData`.
 
     An image that turns out to be unreadable is replaced, always by the same one: the next of its class that can be
-    read.
+    read, or, if the whole class is unreadable, of all.
 
     Args:
         source: where the images are.
@@ -92,7 +92,7 @@ class ImageData:
         `wanted` and which is `used`.
 
         Raises:
-            CacheError: if no image of its class can be read.
+            CacheError: if no image at all can be read.
         """
         position, flip = uniform
         used, pixels = self._readable(image, position)
@@ -106,14 +106,26 @@ class ImageData:
                 return candidate, self.pixels(candidate, position)
             except BadImage as error:
                 problem = problem or f"{self.example(image).name}: {error}"
-        name = self.classes[self.labels[image]]
-        raise CacheError(f"no image of class {name!r} can be read ({problem}); mend them, or leave the class out")
+        raise CacheError(f"none of the {len(self)} images can be read, such as {problem}")
 
     def _in_turn(self, image: int) -> Iterator[int]:
-        """The image, then the others of its class."""
+        """The image, then those after it, of its class and then of the others."""
         yield image
-        classmates = np.flatnonzero(self.labels == self.labels[image])
-        yield from np.roll(classmates, -int(np.searchsorted(classmates, image)))[1:].tolist()
+        after = np.roll(np.arange(len(self)), -image)[1:]
+        same = self.labels[after] == self.labels[image]
+        yield from (*after[same].tolist(), *after[~same].tolist())
+
+    def readable(self) -> ImageData:
+        """Only the images that can be read: all are tried."""
+
+        def can_be_read(image: int) -> bool:
+            try:
+                self.pixels(image, 0.0)
+            except BadImage:
+                return False
+            return True
+
+        return self.select(np.array([image for image in range(len(self)) if can_be_read(image)], dtype=np.int64))
 
     def collect(self, drawn: dict[str, Tensor], normal: Tensor) -> dict[str, Tensor]:
         """What `vae.PixelEncoder` makes latents of, and the numbers of the images wanted and used."""
@@ -166,7 +178,7 @@ class Unreadable:
                 continue
             self.names.add(name)
             line = f"{name}: {self._reason(image)}"
-            tqdm.write(f"{line}; another image of its class takes its place, whenever it is drawn", file=sys.stdout)
+            tqdm.write(f"{line}; another image takes its place whenever it is drawn", file=sys.stdout)
             if self.file.parent.is_dir():  # a dry run has no folder
                 with self.file.open("a", encoding="utf-8") as file:
                     file.write(f"{line}\n")
@@ -180,5 +192,5 @@ class Unreadable:
 
     def summary(self) -> list[str]:
         """A line with their number, of all processes and of the run so far; none if there are none."""
-        count = len(set(self.lines()))
+        count = len({line.partition(": ")[0] for line in self.lines()})
         return [f"{count} image(s) could not be read and were replaced: {self.file}"] if count else []

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def read_image(source: Any, size: int, channels: int, min_side: int = 1, crop: C
     except BadImage:
         raise
     except Exception as error:  # decoders raise whatever the damage makes them stumble on
-        raise BadImage(f"{type(error).__name__}: {error}") from error
+        where = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
+        raise BadImage(f"{type(error).__name__}: {where.sub('', str(error))}") from error
 
 
 def open_image(source: Any) -> Image.Image:

@@ -14,6 +14,7 @@ Shards are memory mapped, so a cache larger than memory trains as well.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ class LatentCache:
         self.scaling_factor: float = self.settings["scaling_factor"]
         self.shift_factor: float = self.settings.get("shift_factor") or 0.0
         self.vae_fingerprint: str = self.settings["vae_fingerprint"]
-        self.digest: str = self.settings["images"]
+        self.digest = digest_of(self.settings["images"], self.classes)
         self.shards = [load_file(self.folder / shard["file"]) for shard in index["shards"]]
         self._ends = np.cumsum([len(shard["labels"]) for shard in self.shards])
         self.labels: np.ndarray = torch.cat([shard["labels"] for shard in self.shards]).numpy()
@@ -139,6 +140,11 @@ def check_settings(folder: Path, found: dict[str, Any], expected: dict[str, Any]
 def shorten(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def digest_of(*parts: Any) -> str:
+    """A digest of plain values."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def write_json(path: Path, value: Any) -> None:

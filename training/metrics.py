@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -75,8 +76,9 @@ def smooth(values: list[float], decay: float) -> list[float]:
     """Exponential moving average without the bias of its start."""
     average, weight, smoothed = 0.0, 0.0, []
     for value in values:
-        average, weight = decay * average + (1 - decay) * value, decay * weight + (1 - decay)
-        smoothed.append(average / weight)
+        if math.isfinite(value):  # a bad step was skipped, here too
+            average, weight = decay * average + (1 - decay) * value, decay * weight + (1 - decay)
+        smoothed.append(average / weight if weight else value)
     return smoothed
 
 
@@ -210,12 +212,15 @@ class Window:
         optimiser, checkpoints and previews; `data_fraction` is the share spent waiting for batches,
         `encoding_fraction` that of moving them to the device and encoding images that are not cached.
         """
-        means = torch.stack(self.losses).mean(0)
+        losses = torch.stack(self.losses)
+        good = losses.isfinite().all(1)  # bad steps were skipped
+        means = (losses[good] if good.any() else losses).mean(0)
         values = {"loss": means.mean().item()}
         if len(means) > 1:
             values |= {f"loss_image_{index}": value for index, value in enumerate(means.tolist())}
         seconds, elapsed = self.watch.seconds(), self.watch.elapsed()
-        values["grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
+        norms = [norm for norm in self.grad_norms if math.isfinite(norm)]
+        values["grad_norm"] = sum(norms) / len(norms) if norms else math.nan
         values["images_per_second"] = self.images_per_step * len(self.losses) / elapsed
         values["outside_fraction"] = 1 - seconds.get("passes", 0.0) / elapsed
         for name in ("data", "encoding"):

@@ -63,6 +63,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree or {}
 
 
+def read_value(key: str, text: str) -> Any:
+    """The value of a `--key=value` override."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}: {text!r} is not valid YAML; put text with special characters in quotes") from None
+
+
 def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
     """Set the dotted `key` in a tree of dictionaries; the check of names follows in `build`."""
     *sections, last = key.split(".")

@@ -1,7 +1,22 @@
-"""Which of how many processes this is."""
+"""How many processes work together, which of them this is, and how long they wait for each other."""
 
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from datetime import timedelta
+from pathlib import Path
+
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    parse_flag_from_env,
+)
+
+from .config import ConfigError, TrainConfig
+
+
+# The default of ten minutes is short where one prepares a dataset, draws previews or has more images to encode.
+LONGEST_WAIT = timedelta(days=1)
 
 
 def process_state() -> PartialState:
@@ -10,4 +25,39 @@ def process_state() -> PartialState:
     On CPUs several processes work together only if ACCELERATE_USE_CPU says so, which `Accelerator` reads and
     `PartialState` by itself does not: each would take itself for the only one, and do the whole work.
     """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
+
+
+def start_accelerator(config: TrainConfig) -> Accelerator:
+    """accelerate's engine for a run.
+
+    Raises:
+        ConfigError: for a launcher that splits the weights in its own way.
+    """
+    output = Path(config.output)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=config.trackers or None,
+        project_config=ProjectConfiguration(str(output), logging_dir=str(output / "tensorboard")),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # the gradients themselves, not a copy
+            InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+        ],
+    )
+    check_distribution(accelerator.distributed_type)
+    return accelerator
+
+
+def check_distribution(distributed_type: DistributedType) -> None:
+    """Refuse launchers that split the weights over processes in ways that checkpoints here do not know.
+
+    Raises:
+        ConfigError: for accelerate's FSDP, DeepSpeed and Megatron.
+    """
+    splitting = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if distributed_type in splitting:
+        raise ConfigError(
+            f"the launcher asks for {distributed_type.value}, which is not supported. Launch with --multi_gpu, and "
+            "set sharding=fsdp2 to split weights, gradients, optimiser and EMA over the processes, or sharding=zero2 "
+            "to let DeepSpeed split gradients and optimiser"
+        )

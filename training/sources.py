@@ -10,8 +10,6 @@ order of the names ("2" before "10").
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ import fsspec
 
 from .config import ConfigError, DataConfig, require
 from .images import IMAGE_SUFFIXES
-from .latent_cache import CacheError
+from .latent_cache import CacheError, digest_of
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,6 @@ def open_source(data: DataConfig, dataset: datasets.Dataset | datasets.IterableD
     check_column(dataset, data.image_column, "image_column")
     check_column(dataset, data.label_column, "label_column")
     return StreamSource(dataset, data) if isinstance(dataset, datasets.IterableDataset) else TableSource(dataset, data)
-
-
-def digest_of(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:

@@ -13,14 +13,12 @@ import math
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -31,8 +29,10 @@ from .checkpoints import (
     CheckpointError,
     find_checkpoints,
     read_progress,
+    remove_leftovers,
     resume_from,
     save_checkpoint,
+    set_aside,
 )
 from .config import ConfigError, PreviewConfig, TrainConfig, accumulation_steps, config_or_exit, to_dict
 from .data import GroupBatches, batch_loader, keyed_generator
@@ -43,11 +43,12 @@ from .latent_cache import CacheError
 from .lora import save_adapters
 from .metrics import MetricsLog, Stopwatch, Window, save_preview
 from .models import TrainingModel, build_model, build_optimizer, build_pipeline, sampling_settings
+from .processes import start_accelerator
 from .publish import PublishError, check_repository, publish
 from .schedule import LearningRate
 from .sharding import empty_copy, gather, keep_optimizer_files_whole, local, shard, sliced_like, whole
 from .trackers import check_trackers, log_image, start_trackers
-from .vae import PixelEncoder, load_vae, module_fingerprint
+from .vae import PixelEncoder, frozen_fingerprint, load_vae, module_fingerprint
 from .validation import Validation, held_out_images
 from .zero import ZeroEngine, check_deepspeed
 
@@ -57,21 +58,6 @@ MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on: too many bad steps in a row."""
-
-
-def check_distribution(distributed_type: DistributedType) -> None:
-    """Refuse launchers that split the weights over processes in ways that checkpoints here do not know.
-
-    Raises:
-        ConfigError: for accelerate's FSDP, DeepSpeed and Megatron.
-    """
-    splitting = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if distributed_type in splitting:
-        raise ConfigError(
-            f"the launcher asks for {distributed_type.value}, which is not supported. Launch with --multi_gpu, and "
-            "set sharding=fsdp2 to split weights, gradients, optimiser and EMA over the processes, or sharding=zero2 "
-            "to let DeepSpeed split gradients and optimiser"
-        )
 
 
 class Trainer:
@@ -85,14 +71,7 @@ class Trainer:
         check_deepspeed(config)
         if config.push_to_hub is not None:
             check_repository(config.push_to_hub)
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            log_with=config.trackers or None,
-            project_config=ProjectConfiguration(str(self.output), logging_dir=str(self.output / "tensorboard")),
-            # DDP's buckets are then the gradients themselves, not a copy
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-        )
-        check_distribution(self.accelerator.distributed_type)
+        self.accelerator = start_accelerator(config)
         self.accumulation = accumulation_steps(config, self.accelerator.num_processes)
         self.accelerator.gradient_accumulation_steps = self.accumulation
         self.vae = load_vae(config.data.vae).eval().requires_grad_(False)
@@ -106,6 +85,9 @@ class Trainer:
         self.encode = PixelEncoder(self.vae, config.data.encode_batch_size, config.mixed_precision == "bf16")
         self.validation = None if held_out is None else Validation(held_out, config, self.accelerator, self.encode)
         module, notes = build_model(config, self.data)
+        self.origins = {"images, their order or classes": self.data.digest, "VAE's weights": self.data.vae_fingerprint}
+        if config.lora.rank is not None:  # a checkpoint has the adapters alone
+            self.origins["weights of model.start_from"] = frozen_fingerprint(module)
         self.sampling = sampling_settings(config)
         self.preview_config = self._preview_of(module.classes)
         self.batches = GroupBatches.of(
@@ -125,8 +107,10 @@ class Trainer:
         self.watch = Stopwatch(self.accelerator.device)
         self.step = self.skipped = self.bad_in_a_row = 0
         self.validations: MetricsLog | None = None
+        self.broken: dict[Path, str] = {}
         if candidates:
-            self.say(*resume_from(self.accelerator, candidates, self._load))
+            self.broken = resume_from(self.accelerator, candidates, self._load)
+            self.say(*(f"warning: {problem}; an older one takes its place" for problem in self.broken.values()))
             self.say(f"continuing from step {self.step} of {self.rate.total_steps}")
 
     # --- building ---
@@ -221,6 +205,8 @@ class Trainer:
         main = self.accelerator.is_main_process
         if main:
             self.output.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.output)
+            self.say(*set_aside(self.output, self.step, self.broken))
             text = yaml.safe_dump(to_dict(self.config), sort_keys=False)
             (self.output / "config.yaml").write_text(text, encoding="utf-8")
             self.metrics = MetricsLog(self.output, self.step)
@@ -304,7 +290,8 @@ class Trainer:
         good = bool(losses.isfinite().all()) and (judged_by_scaler or math.isfinite(grad_norm))
         if self.zero is None and (good or scaler is not None):
             self.optimizer.step()
-        if good and not self.accelerator.optimizer_step_was_skipped:
+        # fused AdamW leaves the weights alone as the scaler tells it, without being skipped itself
+        if good and math.isfinite(grad_norm) and not self.accelerator.optimizer_step_was_skipped:
             self.ema.update()
         self.optimizer.zero_grad()
         self.step += 1
@@ -327,7 +314,8 @@ class Trainer:
         values = window.summary()
         values |= {"learning_rate": self.rate.at(self.step - 1), "epoch": self.step / self.steps_per_epoch}
         if self.accelerator.is_main_process:
-            self.metrics.write({"step": self.step, **values, "skipped": self.skipped})
+            with self._warned("metrics.jsonl"):
+                self.metrics.write({"step": self.step, **values, "skipped": self.skipped})
             bar.set_postfix(
                 loss=f"{values['loss']:.4f}",
                 lr=f"{values['learning_rate']:.2g}",
@@ -350,13 +338,22 @@ class Trainer:
                     raise
                 self.say(f"warning: {error}; training goes on, and earlier checkpoints stay")
 
+    @contextmanager
+    def _warned(self, name: str) -> Iterator[None]:
+        """A report that cannot be written, on a full disk for instance, does not end the run."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"warning: step {self.step}: {name} cannot be written ({error})")
+
     def preview(self) -> None:
         """previews/step-N.png from the averaged weights, step-N-raw.png from the raw ones, and loss.png."""
         self._save_preview("raw", "-raw")
         with self.ema.applied():
             self._save_preview("ema", "")
         if self.accelerator.is_main_process:
-            self.metrics.plot(self.validations)
+            with self._warned("loss.png"):
+                self.metrics.plot(self.validations)
         self.accelerator.wait_for_everyone()
 
     def _save_preview(self, weights: str, suffix: str) -> None:
@@ -366,9 +363,10 @@ class Trainer:
             return
         training = networks.training
         networks.eval()
-        grid = save_preview(self.pipeline(networks), self.preview_config, self.config.seed, path)
+        with self._warned(path.name):
+            grid = save_preview(self.pipeline(networks), self.preview_config, self.config.seed, path)
+            log_image(self.accelerator, f"samples_{weights}", grid, self.step)
         networks.train(training)
-        log_image(self.accelerator, f"samples_{weights}", grid, self.step)
 
     def validate(self, validation: Validation) -> None:
         """The loss on held-out images, of raw and of averaged weights: into validation.jsonl and the trackers."""
@@ -376,7 +374,8 @@ class Trainer:
         with self.ema.applied():
             values["validation_loss_ema"] = validation.loss(self.module)
         if self.validations is not None:
-            self.validations.write({"step": self.step, **values})
+            with self._warned("validation.jsonl"):
+                self.validations.write({"step": self.step, **values})
         self.accelerator.log(values, step=self.step)
         self.say(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
@@ -405,7 +404,7 @@ class Trainer:
             "step": self.step,
             "skipped": self.skipped,
             "groups_per_step": self.groups_per_step,
-            "images": self.data.digest,
+            "origins": self.origins,
             "config": to_dict(self.config),
         }
         keep = self.config.checkpoints.keep
@@ -439,7 +438,7 @@ class Trainer:
             return folder / "lora"
 
     def _load(self, checkpoint: Path) -> None:
-        progress = read_progress(checkpoint, self.config, self.groups_per_step, self.data.digest)
+        progress = read_progress(checkpoint, self.config, self.groups_per_step, self.origins)
         try:
             raw = load_file(checkpoint / "state" / MODEL_FILE)
             self.accelerator.load_state(str(checkpoint / "state"))
@@ -452,6 +451,7 @@ class Trainer:
         except READ_ERRORS as error:
             raise BrokenCheckpointError(f"{checkpoint} cannot be read ({error})") from error
         self.step, self.skipped = progress["step"], progress["skipped"]
+        self.accelerator.step = 0  # of the micro-batches of a step: load_state brings that of another accumulation
 
     def _finish(self) -> Path:
         """Put the averaged weights at OUTPUT/pipeline, or OUTPUT/lora, replacing an older one as a whole."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import require
 from .latent_cache import CacheError
@@ -39,15 +40,24 @@ def load_vae(name: str) -> AutoencoderKL:
         ) from error
 
 
-def module_fingerprint(module: torch.nn.Module, config: dict[str, Any]) -> str:
+def module_fingerprint(module: nn.Module, config: dict[str, Any]) -> str:
     """A digest of a model's configuration and weights, the same wherever the model is stored."""
-    digest = hashlib.sha256()
     public = {key: value for key, value in config.items() if not key.startswith("_")}
-    digest.update(json.dumps(public, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(module.state_dict().items()):
+    return tensors_digest(module.state_dict(), json.dumps(public, sort_keys=True, default=str))
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """A digest of tensors, their names and a text."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def frozen_fingerprint(module: nn.Module) -> str:
+    """A digest of the weights that are not trained."""
+    return tensors_digest({name: value for name, value in module.named_parameters() if not value.requires_grad})
 
 
 def check_vae(vae: AutoencoderKL, image_size: int) -> None:

@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from .config import ConfigError, TrainConfig, ValidationConfig
-from .data import GroupBatches, TrainingData
-from .latent_cache import LatentCache
+from .data import GroupBatches, TrainingData, batch_loader
+from .image_data import ImageData
+from .latent_cache import CacheError, LatentCache
 from .vae import PixelEncoder
 
 
@@ -45,7 +46,14 @@ def held_out_images(data: TrainingData, config: TrainConfig) -> tuple[TrainingDa
         held_out = cache
     elif config.validation.fraction > 0:
         data, held_out = hold_out(data, config.validation.fraction, config.seed)
-    return data, None if held_out is None else limited(held_out, config.validation, config.seed)
+    if held_out is None:
+        return data, None
+    held_out = limited(held_out, config.validation, config.seed)
+    if isinstance(held_out, ImageData):
+        held_out = held_out.readable()
+        if not len(held_out):
+            raise CacheError("none of the held-out images can be read")
+    return data, held_out
 
 
 def limited(held_out: TrainingData, validation: ValidationConfig, seed: int) -> TrainingData:
@@ -69,7 +77,7 @@ class Validation:
     def __init__(
         self, held_out: TrainingData, config: TrainConfig, accelerator: Accelerator, encode: PixelEncoder
     ) -> None:
-        self.accelerator, self.encode = accelerator, encode
+        self.accelerator, self.encode, self.workers = accelerator, encode, config.data.workers
         self.batches = GroupBatches.of(
             config,
             held_out,
@@ -87,8 +95,8 @@ class Validation:
         module.eval()
         device = self.accelerator.device
         losses = []
-        for index in range(self.count):
-            batch = self.encode({name: tensor.to(device) for name, tensor in self.batches[index].items()})
+        for batch in batch_loader(self.batches, 0, self.count, self.workers):
+            batch = self.encode({name: tensor.to(device) for name, tensor in batch.items()})
             with self.accelerator.autocast():
                 losses.append(module(**batch).float().mean())
         module.train(training)

@@ -150,7 +150,8 @@ def test_an_unreadable_image_is_replaced_by_one_of_its_class_and_named_once(make
     assert output.count("2/3.png: ") == 1
     assert "1 image(s) could not be read and were replaced" in output
     (line,) = (Path(config.output) / "unreadable.txt").read_text().splitlines()
-    assert line.startswith("2/3.png: UnidentifiedImageError")
+    assert line.startswith("2/3.png: UnidentifiedImageError: cannot identify image file")
+    assert "0x" not in line
     shutil.rmtree(checkpoint_folders(Path(config.output))[-1])
     train(config)  # from step 5: named already
     assert "2/3.png: " not in capsys.readouterr().out
@@ -169,11 +170,35 @@ def test_the_replacement_is_always_the_same_and_of_the_same_class(data: DataConf
         assert torch.equal(drawn["pixels"], found.draw(members[1], (0.2, 0.9))["pixels"])
 
 
-def test_a_class_without_a_readable_image_is_an_error_that_names_it(data: DataConfig, folder: Path) -> None:
+def test_a_class_without_a_readable_image_is_replaced_with_its_label(data: DataConfig, folder: Path) -> None:
     for path in (folder / "10").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(CacheError, match=r"no image of class '10' can be read \(10/0.png: "):
-        opened(data).draw(len(opened(data)) - 3, (0.0, 0.0))
+    found = opened(data)
+    batch = batches(found, group_size=4, batch_size=6)[0]
+    labels = found.labels[batch["used"].numpy()]
+    assert (labels == labels[:, :1]).all()
+    assert batch["labels"].tolist() == labels[:, 0].tolist()
+    assert set(batch["labels"].tolist()) == {0, 1}
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(
+        CacheError, match=r"none of the 17 images can be read, such as .*\.png: UnidentifiedImageError"
+    ):
+        found.draw(3, (0.0, 0.0))
+
+
+def test_held_out_images_that_cannot_be_read_are_left_out(make_image_config, folder: Path) -> None:
+    options = {"validation.fraction": 0.2, "schedule.steps": 2}
+    held_out = Trainer(make_image_config(**options)).validation.batches.data
+    names = [held_out.example(image).name for image in range(len(held_out))]
+    (folder / names[0]).write_bytes(b"")
+    trainer = train(make_image_config("other", **options))
+    left = trainer.validation.batches.data
+    assert [left.example(image).name for image in range(len(left))] == names[1:]
+    for name in names:
+        (folder / name).write_bytes(b"")
+    with pytest.raises(CacheError, match="none of the held-out images can be read"):
+        Trainer(make_image_config("third", **options))
 
 
 def test_small_images_are_unreadable_and_rows_without_a_label_are_left_out(data: DataConfig) -> None:
@@ -223,7 +248,7 @@ def test_other_images_do_not_continue_a_run(make_image_config, folder: Path) -> 
     config = make_image_config(**{"schedule.steps": 2})
     train(config)
     shutil.copyfile(folder / "1" / "0.png", folder / "1" / "99.png")
-    with pytest.raises(CheckpointError, match="the images, or their order or classes, were others"):
+    with pytest.raises(CheckpointError, match="the images, their order or classes were others"):
         Trainer(config)
 
 
@@ -274,5 +299,5 @@ def test_a_cache_made_anew_from_other_images_does_not_continue_a_run(make_config
     shutil.rmtree(own.cache)
     shutil.copyfile(folder / "1" / "0.png", folder / "1" / "99.png")
     assert isinstance(cache_latents(own), LatentCache)
-    with pytest.raises(CheckpointError, match="the images, or their order or classes, were others"):
+    with pytest.raises(CheckpointError, match="the images, their order or classes were others"):
         Trainer(config)

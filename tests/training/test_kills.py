@@ -5,6 +5,7 @@ import multiprocessing
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -14,11 +15,13 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 from test_train import final_tensors, losses, train
 
 from training.checkpoints import CheckpointError, checkpoint_folders
 from training.config import TrainConfig, load_config, to_dict
-from training.train import Trainer
+from training.train import Trainer, main
 
 
 @pytest.fixture(autouse=True)
@@ -148,18 +151,19 @@ def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(trained, file: 
     again = Trainer(trained)
     assert again.step == 2
     assert "step-00000004 cannot be read" in capsys.readouterr().out
-    assert Path(trained.output, "checkpoints", "broken-step-00000004").is_dir()
     again.run()
+    assert Path(trained.output, "checkpoints", "broken-step-00000004").is_dir()
     assert all(torch.equal(expected[name], value) for name, value in final_tensors(trained.output).items())
 
 
 def test_half_a_progress_file_and_a_missing_one_are_broken_too(trained) -> None:
     truncate(newest(trained) / "progress.json")
     assert Trainer(trained).step == 2
-    (newest(trained) / "progress.json").unlink()
+    for folder in checkpoint_folders(Path(trained.output)):
+        (folder / "progress.json").unlink()
     with pytest.raises(CheckpointError, match="no checkpoint can be read"):  # rather than a start from scratch
         Trainer(trained)
-    assert newest(trained).name == "step-00000002"
+    assert names(trained) == ["step-00000002", "step-00000004"]
 
 
 def test_a_full_disk_costs_a_checkpoint_not_the_run(make_config, monkeypatch, capsys) -> None:
@@ -183,7 +187,104 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(make_config, monkeypatch, ca
     assert newest(config).name == "step-00000002"
 
 
+def test_reports_that_cannot_be_written_cost_no_step(make_config, monkeypatch, capsys) -> None:
+    preview = {"every": 2, "labels": [0], "rows": 1, "num_inference_steps": 1}
+    config = make_config(
+        **{"schedule.steps": 4, "preview": preview, "validation.fraction": 0.3, "validation.every": 2}
+    )
+    trainer = Trainer(config)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("training.metrics.MetricsLog.write", full)
+    monkeypatch.setattr("training.train.save_preview", full)
+    trainer.run()
+    output = capsys.readouterr().out
+    for name in ("metrics.jsonl", "validation.jsonl", "step-00000002.png"):
+        assert f"{name} cannot be written ([Errno 28] No space left on device)" in output
+    assert names(config) == ["step-00000002", "step-00000004"]
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_a_warning_until_the_end(make_config, capsys) -> None:
+    config = make_config(**{"schedule.steps": 2, "checkpoints.every": 1})
+    Path(config.output).mkdir()
+    Path(config.output, "checkpoints").write_text("")
+    with pytest.raises(CheckpointError, match="step-00000002 cannot be written"):
+        train(config)
+    assert "step-00000001 cannot be written" in capsys.readouterr().out
+
+
+def test_leftovers_of_a_killed_save_are_removed(trained) -> None:
+    leftover = Path(trained.output) / "checkpoints" / ".step-00000003.partial" / "state"
+    leftover.mkdir(parents=True)
+    train(trained)
+    assert names(trained) == ["step-00000002", "step-00000004"]
+
+
+# --- going on from where one wants ---
+
+
+def test_checkpoints_after_the_one_chosen_are_set_aside(trained, make_config, capsys) -> None:
+    older = checkpoint_folders(Path(trained.output))[0]
+    options = {"schedule.steps": 3, "checkpoints.every": 2, "checkpoints.keep": 1, "resume": str(older)}
+    train(make_config(**options))
+    assert names(trained) == ["abandoned-step-00000004", "step-00000003"]
+    assert (
+        "step-00000004 is now called abandoned-step-00000004: the run goes on from step 2" in capsys.readouterr().out
+    )
+    assert Trainer(make_config(**options | {"resume": "auto"})).step == 3
+
+
+def test_a_dry_run_renames_nothing(trained, monkeypatch, capsys) -> None:
+    truncate(newest(trained) / "state" / "ema.safetensors")
+    file = Path(trained.output).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(to_dict(trained)), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["training.train", f"--config={file}", "--dry-run"])
+    main()
+    assert "nothing is trained or written" in capsys.readouterr().out
+    assert names(trained) == ["step-00000002", "step-00000004"]
+
+
+def test_another_vae_or_base_in_the_same_place_does_not_continue_a_run(make_config, data_config, tmp_path) -> None:
+    vae = Path(shutil.copytree(data_config.vae, tmp_path / "vae"))
+    options = {"schedule.steps": 2, "data.cache": None, "data.images": data_config.images, "data.vae": str(vae)}
+    base = make_config("base", **options)
+    train(base)
+    sizes = {f"model.{name}": None for name in base.model.sizes()}
+    adapted = make_config(
+        "lora", **options, **sizes, **{"lora.rank": 2, "model.start_from": f"{base.output}/pipeline"}
+    )
+    train(adapted)
+    train(make_config("base", **options | {"schedule.steps": 3}))
+    with pytest.raises(CheckpointError, match="the weights of model.start_from were others"):
+        Trainer(adapted)
+    torch.manual_seed(1)
+    other = AutoencoderKL.from_pretrained(vae)
+    other.encoder.conv_in.weight.data.add_(0.1)
+    other.save_pretrained(vae)
+    with pytest.raises(CheckpointError, match="the VAE's weights were others"):
+        Trainer(base)
+
+
 # --- the same run on other machines ---
+
+
+@pytest.mark.parametrize("steps_before", [2, 3])
+def test_a_run_cut_into_other_batches_goes_on_as_if_it_had_not_been(make_config, steps_before: int) -> None:
+    """Whatever the number of batches before: a step is a step of the optimiser."""
+    options = {"model.dropout": 0.0, "checkpoints.every": 1}
+    train(make_config("whole", **options | {"schedule.steps": 5}))
+    train(make_config("cut", **options | {"schedule.steps": steps_before}))
+    smaller = {"schedule.steps": 5, "data.batch_size": 2, "optimizer.global_batch_size": 4}
+    train(make_config("cut", **options | smaller))
+    expected, found = (
+        load_file(newest(make_config(name)) / "state" / "model.safetensors") for name in ("whole", "cut")
+    )
+    for name, value in expected.items():
+        if not name.endswith("to_k.bias"):  # softmax cancels it, and AdamW enlarges what rounding leaves
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+    assert losses(make_config("cut").output) == pytest.approx(losses(make_config("whole").output), rel=1e-4)
 
 
 def test_the_global_batch_may_be_cut_otherwise_but_not_changed(trained, make_config) -> None:

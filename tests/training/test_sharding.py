@@ -1,11 +1,12 @@
 """State split over two processes that really communicate: the same run, the same files."""
 
+import errno
 import multiprocessing
 import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from accelerate import checkpointing
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from test_train import final_tensors, losses, train
@@ -63,20 +65,33 @@ def run_rank(file: str, rank: int, port: int) -> None:
     Trainer(config).run()
 
 
+def run_rank_with_a_full_disk(file: str, rank: int, port: int) -> None:
+    """`run_rank`, where the first save of the optimiser fails on the main process."""
+    save, failures = checkpointing.save, [OSError(errno.ENOSPC, "No space left on device")] * (rank == 0)
+
+    def failing(value: object, path: object, *arguments: object, **options: object) -> None:
+        if "optimizer" in str(path) and failures:
+            raise failures.pop()
+        save(value, path, *arguments, **options)
+
+    checkpointing.save = failing
+    run_rank(file, rank, port)
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
-def run_split(config: TrainConfig) -> None:
+def run_split(config: TrainConfig, target: Callable[[str, int, int], None] = run_rank) -> None:
     """The run in two new processes, each with a share of what is split."""
     file = Path(config.output).with_suffix(".yaml")
     file.write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
     port = free_port()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training.train"])
-    processes = [context.Process(target=run_rank, args=(str(file), rank, port)) for rank in range(2)]
+    processes = [context.Process(target=target, args=(str(file), rank, port)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -206,3 +221,11 @@ def test_a_save_that_fails_leaves_the_run_as_it_was(zero_engine, monkeypatch) ->
         engine.state_dict(keep=True)
     step()
     assert torch.equal(layer.weight, start)
+
+
+@pytest.mark.timeout(900)
+def test_a_full_disk_on_one_process_costs_a_checkpoint_not_the_run(make_config) -> None:
+    options = OPTIONS | {"preview.every": None, "data.batch_size": 2, "sharding": "fsdp2", "checkpoints.every": 2}
+    config = make_config("two", **options)
+    run_split(config, run_rank_with_a_full_disk)
+    assert [path.name for path in checkpoint_folders(Path(config.output))] == ["step-00000004"]

@@ -12,15 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.optimizer import patch_optimizer_step
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from training.checkpoints import CheckpointError, checkpoint_folders, find_checkpoints
 from training.config import ConfigError, ScheduleConfig, TrainConfig, to_dict
+from training.ema import WeightAverage
 from training.models import parameter_groups
+from training.processes import check_distribution
 from training.schedule import LearningRate
-from training.train import Trainer, TrainingStopped, check_distribution
+from training.train import Trainer, TrainingStopped
 from transdiff_pipelines import TransDiffPipeline
 
 
@@ -287,6 +290,38 @@ def test_a_bad_step_changes_nothing_but_the_count(make_config, monkeypatch) -> N
     assert not torch.equal(weights[2], weights[3])
     assert weights[3].isfinite().all()
     assert json.loads((folders[-1] / "progress.json").read_text())["skipped"] == 1
+
+
+def test_an_overflow_under_fp16_changes_neither_weights_nor_averages(make_config) -> None:
+    """accelerate's scaler is put in by hand, as a CPU has none. PyTorch's fused AdamW skips the step by itself."""
+    trainer = Trainer(make_config())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer.accelerator.scaler = trainer.optimizer.scaler = scaler
+    trainer.optimizer._optimizer_original_step_method = trainer.optimizer.optimizer.step
+    trainer.optimizer._optimizer_patched_step_method = patch_optimizer_step(
+        trainer.optimizer, trainer.optimizer.optimizer.step
+    )
+    backward, factors = trainer._backward, iter([1.0, 1e38 * 1e38, 1.0])
+    trainer._backward = lambda loss: backward(loss * next(factors))
+    states = []
+    for index in range(3):
+        trainer.train_step([trainer.batches[index]])
+        states.append([value.clone() for value in (*trainer.module.parameters(), *trainer.ema.average.shadow_params)])
+    assert scaler.get_scale() == 512.0
+    assert all(torch.equal(before, after) for before, after in zip(*states[:2], strict=True))
+    assert not all(torch.equal(before, after) for before, after in zip(*states[1:], strict=True))
+    assert (trainer.ema.average.optimization_step, trainer.skipped) == (2, 0)
+
+
+@pytest.mark.parametrize(("warmup", "decays"), [(True, [2 / 11, 3 / 12]), (False, [0.9, 0.9])])
+def test_the_decay_of_the_average_rises_or_is_there_from_the_start(warmup: bool, decays: list[float]) -> None:
+    module = torch.nn.Linear(1, 1, bias=False)
+    average, expected = WeightAverage(module, decay=0.9, warmup=warmup), module.weight.item()
+    for step, decay in enumerate(decays):
+        module.weight.data.fill_(step)
+        average.update()
+        expected = decay * expected + (1 - decay) * step
+        assert average.average.shadow_params[0].item() == pytest.approx(expected)
 
 
 def test_several_bad_steps_in_a_row_stop_the_run_with_a_checkpoint(make_config, monkeypatch) -> None:

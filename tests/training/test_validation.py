@@ -1,6 +1,7 @@
 """Held-out images, what a run reports, the dry run, the way to the Hub."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from training.cache_latents import cache_latents
 from training.config import ConfigError, TrainConfig, to_dict
 from training.dry_run import CPU_ATTENTION, describe, measure
 from training.latent_cache import CacheError, LatentCache
-from training.metrics import Stopwatch, Window
+from training.metrics import Stopwatch, Window, smooth
 from training.publish import PublishError, check_repository
 from training.train import Trainer
 from training.validation import hold_out
@@ -130,6 +131,17 @@ def test_the_share_outside_the_passes_is_what_the_stopwatch_did_not_see(monkeypa
     values = window.summary()
     assert (values["data_fraction"], values["outside_fraction"]) == pytest.approx((0.2, 0.6))
     assert values["images_per_second"] == pytest.approx(2.0)
+
+
+def test_bad_steps_leave_no_hole_in_the_reports() -> None:
+    assert smooth([1.0, float("nan"), 1.0, float("inf")], 0.9) == pytest.approx([1.0] * 4)
+    window = Window(images_per_step=1, watch=Stopwatch(torch.device("cpu")))
+    for loss, norm in ((1.0, 2.0), (float("nan"), float("inf")), (3.0, 4.0)):
+        window.add(torch.tensor([loss]), norm)
+    values = window.summary()
+    assert (values["loss"], values["grad_norm"]) == (2.0, 3.0)
+    window.add(torch.tensor([float("nan")]), float("nan"))
+    assert all(math.isnan(window.summary()[name]) for name in ("loss",))
 
 
 def test_a_run_reports_where_its_time_went(make_config) -> None:
