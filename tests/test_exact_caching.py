@@ -1,10 +1,15 @@
 """Work done once instead of often: the same numbers as without, and the work counted."""
 
+import gc
+import weakref
 from collections import Counter
 
 import pytest
 import torch
+from diffusers import FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
 from tiny import CHANNELS, NUM_CLASSES, SIDE, seeded, tiny_encoder, tiny_pipeline, tiny_transformer
+
+from transdiff_pipelines import FlowMatchEulerMaruyamaScheduler
 
 
 STEPS = 3
@@ -125,6 +130,44 @@ def test_guidance_interval_skips_the_second_branch():
     assert torch.equal(everywhere, latents_of(pipe, [0, 1], guidance_scale=1.5))
     nowhere = latents_of(pipe, [0, 1], guidance_scale=1.5, guidance_interval=(0.6, 0.7))
     torch.testing.assert_close(nowhere, latents_of(pipe, [0, 1], guidance_scale=1.0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [4, 25])
+@pytest.mark.parametrize(
+    "scheduler", [FlowMatchEulerMaruyamaScheduler, UniPCMultistepScheduler, FlowMatchHeunDiscreteScheduler]
+)
+def test_a_guidance_interval_includes_its_bounds(scheduler, steps):
+    """Whatever float32 made of the grid's sigmas, and whether the scheduler's timesteps are rounded."""
+    pipe = tiny_pipeline(1)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler.set_timesteps(steps)
+    count = len(pipe.scheduler.timesteps)
+    sigmas = [round(sigma, 6) for sigma in pipe.scheduler.sigmas[:count].tolist()]
+    rows = []
+    pipe.transformer.proj_in.register_forward_hook(lambda m, args, output: rows.append(output.shape[0]))
+    for low, high in ((sigmas[-2], sigmas[1]), (sigmas[2], sigmas[0]), (sigmas[1], sigmas[1])):
+        rows.clear()
+        latents_of(pipe, 0, guidance_scale=1.5, guidance_interval=(low, high), num_inference_steps=steps)
+        assert rows == [2 if low <= sigma <= high else 1 for sigma in sigmas]
+
+
+def test_what_the_encoder_keeps_is_let_go_of_before_the_last_image(monkeypatch):
+    """Its keys and values serve the next image alone."""
+    pipe, caches, kept = tiny_pipeline(2), [], []
+    new_cache = pipe.condition_encoder.new_cache
+
+    def recorded():
+        cache = new_cache()
+        caches.extend(map(weakref.ref, cache))
+        return cache
+
+    def count(pipe, step, timestep, tensors):
+        gc.collect()
+        kept.append((pipe.current_ar_step, any(layer() is not None for layer in caches)))
+
+    monkeypatch.setattr(pipe.condition_encoder, "new_cache", recorded)
+    latents_of(pipe, [0, 1], callback_on_step_end=count)
+    assert sorted(set(kept)) == [(0, True), (1, True), (2, True), (3, False)]
 
 
 @pytest.mark.parametrize("interval", [(0.5, 0.2), (-0.1, 0.5), (0.0, 1.1), (0.5,)])

@@ -227,6 +227,20 @@ class TestAdapters:
         assert pipe.get_active_adapters() == []
         torch.testing.assert_close(run(pipe), base)
 
+    @pytest.mark.parametrize("scale", [0.0, 0.5])
+    def test_a_scale_holds_for_one_call(self, pipe, adapter, tmp_path, scale):
+        """Also 0: no adapter for this call, and all of them at their weights in the next."""
+        base = run(pipe)
+        save_adapter(tmp_path / "second", seed=1)
+        pipe.load_lora_weights(adapter, adapter_name="a")
+        pipe.load_lora_weights(tmp_path / "second", adapter_name="b")
+        pipe.set_adapters(["a", "b"], [0.5, 0.2])
+        expected = run(pipe)
+        scaled = run(pipe, attention_kwargs={"scale": scale})
+        assert not torch.equal(scaled, expected)
+        assert torch.allclose(scaled, base, rtol=1e-4, atol=1e-5) == (scale == 0)
+        assert torch.equal(run(pipe), expected)
+
     def test_unload_is_never_having_loaded(self, pipe, adapter):
         base, keys = run(pipe), set(pipe.transformer.state_dict())
         pipe.load_lora_weights(adapter)

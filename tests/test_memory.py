@@ -11,7 +11,12 @@ from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
 from tiny import seeded, tiny_encoder, tiny_pipeline, tiny_transformer
 
-from transdiff_pipelines import ARConditionEncoder, TransDiffPipeline, TransDiffTransformer2DModel
+from transdiff_pipelines import (
+    ARConditionEncoder,
+    TransDiffImg2ImgPipeline,
+    TransDiffPipeline,
+    TransDiffTransformer2DModel,
+)
 from transdiff_pipelines.pipelines.hooks import has_hooked_parts
 
 
@@ -202,6 +207,22 @@ class TestReentrancy:
 
         with pytest.raises(RuntimeError, match="stop here"):
             run(pipe, callback_on_step_end=fail)
+        assert freed
+
+    @pytest.mark.parametrize("part", ["decode_latents", "prepare_latents", "encode_image"])
+    @pytest.mark.parametrize("editing", [False, True])
+    def test_and_after_one_outside_the_loop(self, pipe, monkeypatch, part, editing):
+        freed, image = [], torch.rand(1, 3, 8, 8)
+        pipe = TransDiffImg2ImgPipeline.from_pipe(pipe) if editing else pipe
+        monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(True))
+
+        def fail(*args, **kwargs):
+            raise torch.OutOfMemoryError("no memory")
+
+        monkeypatch.setattr(pipe, part, fail)
+        arguments = {"image": image} if editing else {"reference_images": [image[0]]}
+        with pytest.raises(torch.OutOfMemoryError):
+            pipe(class_labels=0, num_inference_steps=1, **arguments)
         assert freed
 
     def test_a_lora_scale_does_not_outlive_a_failed_forward(self):

@@ -15,6 +15,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from tiny import CHANNELS, NUM_CLASSES, SIDE, seeded, tiny_encoder, tiny_pipeline, tiny_transformer, tiny_vae
 
 from transdiff_pipelines import ARConditionEncoder, FlowMatchEulerMaruyamaScheduler, TransDiffPipeline
@@ -281,6 +282,72 @@ class TestCallbacks:
             ValueError, match=r"\['prompt_embeds'\]; a callback can be given \['latents', 'condition'\]"
         ):
             mrar(0, callback_on_step_end=print, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+
+
+class TestCallbackObjects:
+    """diffusers' own callbacks, which say themselves what they want to be given."""
+
+    class Recorder(PipelineCallback):
+        tensor_inputs = ["condition"]
+
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            self.seen.append((step_index, callback_kwargs["condition"].shape[-1]))
+            return callback_kwargs
+
+    def test_one(self, mrar):
+        recorder = self.Recorder()
+        assert torch.equal(latents_of(mrar, 0, callback_on_step_end=recorder), latents_of(mrar, 0))
+        assert recorder.seen == [(step, 16) for step in range(4 * STEPS)]
+
+    def test_several(self, one_step):
+        recorders = [self.Recorder(), self.Recorder()]
+        latents_of(one_step, 0, callback_on_step_end=MultiPipelineCallbacks(recorders))
+        assert [len(recorder.seen) for recorder in recorders] == [STEPS, STEPS]
+
+    def test_what_the_pipeline_does_not_have(self, one_step):
+        recorder = self.Recorder()
+        recorder.tensor_inputs = ["prompt_embeds"]
+        with pytest.raises(ValueError, match=r"\['prompt_embeds'\]; a callback can be given"):
+            latents_of(one_step, 0, callback_on_step_end=recorder)
+
+    def test_latents_stay_float32_whatever_a_callback_returns(self, one_step):
+        def halve(pipe, step, timestep, tensors):
+            return {"latents": tensors["latents"].bfloat16()}
+
+        assert latents_of(one_step, 0, callback_on_step_end=halve).dtype == torch.float32
+
+
+class TestForms:
+    """What a user may have at hand in place of Python's own numbers and lists."""
+
+    def test_numpy(self, mrar):
+        expected = latents_of(mrar, [0, 3], guidance_scale=1.5)
+        result = latents_of(
+            mrar, np.array([0, 3]), guidance_scale=np.float64(1.5), num_inference_steps=np.int64(STEPS)
+        )
+        assert torch.equal(result, expected)
+        with pytest.raises(ValueError, match=r"class_labels has shape \(1, 2\)"):
+            latents_of(mrar, np.array([[0, 3]]))
+        with pytest.raises(TypeError, match="class label 0.5"):
+            latents_of(mrar, np.array([0.5]))
+
+    def test_encode_condition_takes_what_a_call_takes(self, mrar):
+        expected = mrar.encode_condition(3)
+        for label in ([3], "crane, machine", np.array([3]), torch.tensor(3), torch.tensor([3])):
+            assert torch.equal(mrar.encode_condition(label), expected)
+        assert mrar.encode_condition(torch.tensor([NUM_CLASSES])).shape == expected.shape
+        for wrong in (-1, NUM_CLASSES + 1):
+            with pytest.raises(ValueError, match=f"class label {wrong} is outside"):
+                mrar.encode_condition(torch.tensor([wrong]))
+
+    @pytest.mark.parametrize("generator", [0, (torch.Generator(),), [0]])
+    def test_what_is_no_generator(self, mrar, generator):
+        with pytest.raises(TypeError, match="expected a torch.Generator, or a list"):
+            mrar(0, num_inference_steps=1, generator=generator)
 
 
 class TestProgress:

@@ -31,6 +31,23 @@ def gaussian_velocity(mean: float, std: float):
     return velocity
 
 
+class TestDevices:
+    def test_a_default_device_does_not_split_the_grid(self):
+        with torch.device("meta"):
+            scheduler = FlowMatchEulerMaruyamaScheduler()
+            scheduler.set_timesteps(device="cpu", sigmas=[1.0, 0.5])
+        assert {scheduler.sigmas.device.type, scheduler.timesteps.device.type} == {"cpu"}
+
+    def test_a_step_has_one_timestep(self):
+        scheduler = FlowMatchEulerMaruyamaScheduler()
+        scheduler.set_timesteps(3)
+        x = torch.zeros(2, 1, 1, 1)
+        scheduler.step(x, scheduler.timesteps[:1], x)
+        scheduler.set_timesteps(3)
+        with pytest.raises(ValueError, match=r"timestep has shape \(2,\); a step has one for the whole batch"):
+            scheduler.step(x, scheduler.timesteps[0].expand(2), x)
+
+
 class TestGrid:
     @pytest.mark.parametrize("steps", [1, 2, 7, 100])
     def test_default_grid(self, steps):

@@ -80,6 +80,16 @@ class TestSwapping:
         assert FlowMatchEulerDiscreteScheduler.from_config(scheduler.config).shift == 3.0
         assert DPMSolverMultistepScheduler.from_config(scheduler.config).config.flow_shift == 3.0
 
+    @pytest.mark.parametrize("name", ["shift", "flow_shift"])
+    def test_a_shift_given_by_either_name_goes_along_and_back(self, name):
+        scheduler = FlowMatchEulerMaruyamaScheduler(**{name: 3.0})
+        scheduler.set_timesteps(3)
+        assert scheduler.sigmas[1].item() == pytest.approx(3 * 0.52 / (1 + 2 * 0.52))
+        assert FlowMatchEulerDiscreteScheduler.from_config(scheduler.config).shift == 3.0
+        assert DPMSolverMultistepScheduler.from_config(scheduler.config).config.flow_shift == 3.0
+        shifted = UniPCMultistepScheduler.from_config(FlowMatchEulerMaruyamaScheduler().config, flow_shift=2.0)
+        assert FlowMatchEulerMaruyamaScheduler.from_config(shifted.config).config.shift == 2.0
+
     def test_compatibles_are_what_works(self):
         compatibles = FlowMatchEulerMaruyamaScheduler().compatibles
         assert set(SOLVERS) < set(compatibles)
@@ -134,6 +144,10 @@ class TestRefusals:
             ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, "gives NaN"),
             ("DPMSolverSinglestepScheduler", {"use_exponential_sigmas": True}, "gives NaN"),
             ("UniPCMultistepScheduler", {"use_beta_sigmas": True}, "gives NaN"),
+            ("UniPCMultistepScheduler", {"solver_type": "bh1"}, "gives NaN"),
+            ("UniPCMultistepScheduler", {"lower_order_final": False}, "gives NaN"),
+            ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, "wants a shift for each resolution"),
+            ("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 500}, "timestep is 1000 times sigma"),
             ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min"}, "stops before sigma 0"),
             ("DPMSolverMultistepScheduler", {"thresholding": True}, "clips latents"),
             ("DPMSolverMultistepScheduler", {"use_flow_sigmas": False}, "trained on the linear path"),
@@ -158,6 +172,8 @@ class TestRefusals:
             ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
             ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
             ("DPMSolverMultistepScheduler", {"thresholding": True}),
+            ("UniPCMultistepScheduler", {"solver_type": "bh1"}),
+            ("UniPCMultistepScheduler", {"lower_order_final": False}),
             ("SASolverScheduler", {}),
         ],
     )
@@ -206,8 +222,9 @@ class TestTimeGrid:
         with pytest.raises(ValueError, match="pass one of them"):
             tiny_pipeline()(0, sigmas=[1.0], timesteps=[1000.0])
 
-    def test_a_solver_without_custom_grids(self):
+    @pytest.mark.parametrize("name", ["FlowMatchHeunDiscreteScheduler", "LTXEulerAncestralRFScheduler"])
+    def test_a_solver_without_custom_grids(self, name):
         pipe = tiny_pipeline()
-        pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
-        with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler takes no custom sigmas"):
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+        with pytest.raises(ValueError, match=f"{name} takes no custom sigmas"):
             pipe(0, timesteps=[1000, 500])

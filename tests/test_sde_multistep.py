@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 from test_scheduler import gaussian_velocity, run
 from tiny import seeded, tiny_pipeline
 
@@ -57,6 +58,19 @@ def test_last_step_is_the_prediction():
     scheduler.set_timesteps(sigmas=[0.3])
     x, v = torch.randn(2, 1, 4, 3, 3, generator=seeded()).unbind(0)
     torch.testing.assert_close(scheduler.step(v, scheduler.timesteps[0], x).prev_sample, x - 0.3 * v)
+
+
+def test_nothing_is_kept_after_the_last_step():
+    scheduler = FlowMatchSDEMultistepScheduler()
+    run(scheduler, gaussian_velocity(1.5, 0.5), torch.randn(10, generator=seeded()), 4)
+    assert scheduler._previous is None
+
+
+def test_an_order_of_another_scheduler_is_an_error_that_says_what_to_pass():
+    config = UniPCMultistepScheduler.from_config(FlowMatchEulerMaruyamaScheduler().config, solver_order=3).config
+    with pytest.raises(ValueError, match=r"solver_order is 3; .*from_config\(config, solver_order=2\)"):
+        FlowMatchSDEMultistepScheduler.from_config(config)
+    assert FlowMatchSDEMultistepScheduler.from_config(config, solver_order=2).config.solver_order == 2
 
 
 @pytest.mark.parametrize("order", [1, 2])

@@ -70,7 +70,7 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index: int | None = None
         # Before set_timesteps, the training grid: whole timesteps from num_train_timesteps down to 1.
         steps = config.num_train_timesteps
-        self._set_grid(torch.linspace(1.0, 1.0 / steps, steps), device=None)
+        self._set_grid(torch.linspace(1.0, 1.0 / steps, steps, device="cpu"), device=None)
         self.num_inference_steps: int | None = None
 
     @property
@@ -94,7 +94,7 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
 
     def _set_grid(self, sigmas: torch.Tensor, device: str | torch.device | None) -> None:
         # sigmas stay on the CPU: as 0-dim CPU tensors they meet samples of any device without a synchronisation.
-        self.sigmas = torch.cat([sigmas.cpu(), sigmas.new_zeros(1, device="cpu")])
+        self.sigmas = torch.cat([sigmas.cpu(), torch.zeros(1, device="cpu")])
         self.timesteps = (sigmas * self.config.num_train_timesteps).to(device)
         self._step_index = self._begin_index = None
 
@@ -117,11 +117,11 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         if sigmas is None:
             if num_inference_steps is None or num_inference_steps < 1:
                 raise ValueError(f"num_inference_steps is {num_inference_steps}; at least 1 is needed")
-            grid = torch.linspace(1.0, self.config.sigma_last, num_inference_steps, dtype=torch.float32)
+            grid = torch.linspace(1.0, self.config.sigma_last, num_inference_steps, dtype=torch.float32, device="cpu")
             shift = self.config.shift
             grid = shift * grid / (1 + (shift - 1) * grid) if shift != 1 else grid
         else:
-            grid = torch.as_tensor(sigmas, dtype=torch.float32)
+            grid = torch.as_tensor(sigmas, dtype=torch.float32, device="cpu")
             if grid.ndim != 1 or len(grid) == 0 or grid[0] > 1 or grid[-1] <= 0 or bool((grid.diff() >= 0).any()):
                 raise ValueError(f"sigmas are {sigmas}; expected strictly decreasing values in (0, 1], without the 0")
             if num_inference_steps is not None and num_inference_steps != len(grid):
