@@ -40,7 +40,8 @@ FITTED_FROM = 40  # below, the samplers are not yet in the regime of their order
 MIXTURE_CALLS = (5, 8, 10, 15, 20, 40, 100)
 DIGITS_CALLS = (5, 8, 10, 15, 20)
 REFERENCE_CALLS = 100
-SEED = 0
+BOOTSTRAP_SEED = 0
+SEED_STRIDE = 1000  # between the batches of one --seed and those of the next
 
 
 def flows(mixture_samples: int) -> list[dict[str, Any]]:
@@ -107,21 +108,23 @@ def flows_figure(result: dict[str, Any]) -> Any:
 
 
 def pixels_of(
-    pipeline: TransDiffPipeline, config: dict, sampler: Sampler, calls: int, count: int, keep: Path | None
+    pipeline: TransDiffPipeline, config: dict, sampler: Sampler, calls: int, options: argparse.Namespace
 ) -> np.ndarray:
-    """Pixels `(count, 64)` of generated digits; batches that an earlier run left in `keep` are read from there.
+    """Pixels `(images, 64)` of generated digits; batches that an earlier run left in `--keep` are read from there.
 
     Each batch has a seed of its own: all samplers start from the same noise, whatever they draw later.
     """
     pipeline.scheduler = sampler.make(config)
     steps = sampler.steps_within(calls)
     batches = []
-    for number, labels in enumerate(np.array_split(balanced_labels(count), range(BATCH_SIZE, count, BATCH_SIZE))):
-        path = keep / f"{sampler.name.replace(' ', '_')}-{calls}-{number}-{len(labels)}.npy" if keep else None
+    count, keep = options.num_images, options.keep
+    parts = np.array_split(balanced_labels(count), range(BATCH_SIZE, count, BATCH_SIZE))
+    for seed, labels in enumerate(parts, start=options.seed * SEED_STRIDE):
+        path = keep / f"{sampler.name.replace(' ', '_')}-{calls}-{seed}-{len(labels)}.npy" if keep else None
         if path is not None and path.exists():
             batches.append(np.load(path))
             continue
-        images = generate(pipeline, labels, seed=SEED + number, num_inference_steps=steps)
+        images = generate(pipeline, labels, seed=seed, num_inference_steps=steps)
         batches.append(pooled_pixels(images))
         if path is not None:
             with new_file(path) as temporary, open(temporary, "wb") as file:
@@ -138,7 +141,7 @@ def ratio_with_interval(
     resample lies farther from `real` than the sample it is of: its quantiles are reflected at the estimate.
     """
     estimate = math.log(frechet_distance(pixels, real) / frechet_distance(baseline, real))
-    generator = np.random.default_rng(SEED)
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
     logs = []
     for _ in range(replicates):
         rows = generator.integers(len(pixels), size=len(pixels))
@@ -166,16 +169,17 @@ def digits(options: argparse.Namespace) -> dict[str, Any]:
         "command": command_line("benchmarks.few_steps"),
         "machine": describe(pipeline.device),
         "images": options.num_images,
+        "seed": options.seed,
         "guidance_scale": pipeline.config.guidance_scale,
         "drift_scale": config["drift_scale"],
         "diffusion_scale": config["diffusion_scale"],
         "num_images_in_sequence": pipeline.condition_encoder.num_images,
         "rows": [],
     }
-    baseline = pixels_of(pipeline, config, EULER_MARUYAMA, REFERENCE_CALLS, options.num_images, options.keep)
+    baseline = pixels_of(pipeline, config, EULER_MARUYAMA, REFERENCE_CALLS, options)
     result["reference_frechet"] = frechet_distance(baseline, real)
     for sampler, calls in digits_settings(options):
-        pixels = pixels_of(pipeline, config, sampler, calls, options.num_images, options.keep)
+        pixels = pixels_of(pipeline, config, sampler, calls, options)
         ratio, low, high = ratio_with_interval(pixels, baseline, real)
         steps = sampler.steps_within(calls)
         row = {"sampler": sampler.name, "steps": steps, "calls": model_calls(sampler.make(config), steps)}
@@ -209,9 +213,9 @@ def digits_markdown(result: dict[str, Any]) -> str:
     ]
     machine = result["machine"]
     introduction = (
-        f"{result['images']:,} images a setting, guidance {result['guidance_scale']}, drift scale "
-        f"{result['drift_scale']}, diffusion scale {result['diffusion_scale']}; {REFERENCE_CALLS} Euler-Maruyama "
-        f"steps: {result['reference_frechet']:.3f}. {machine['processor']}, {machine['date']}."
+        f"{result['images']:,} images a setting, seed {result['seed']}, guidance {result['guidance_scale']}, drift "
+        f"scale {result['drift_scale']}, diffusion scale {result['diffusion_scale']}; {REFERENCE_CALLS} "
+        f"Euler-Maruyama steps: {result['reference_frechet']:.3f}. {machine['processor']}, {machine['date']}."
     )
     header = ["sampler", "steps", "model calls", "Fréchet distance", "ratio to Euler-Maruyama 100", "95% interval"]
     return "\n\n".join([f"`{result['command']}`", introduction, markdown_table(header, lines)])
@@ -247,6 +251,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default=DIGITS, help="folder of a digits pipeline; the bundled one by default")
     parser.add_argument("--data", help="folder written by training.digits.export")
     parser.add_argument("--num-images", type=int, default=2000, help="images a setting, a multiple of ten")
+    parser.add_argument("--seed", type=int, default=0, help="other noise for all: to confirm what another one chose")
     parser.add_argument("--calls", type=int, nargs="+", default=DIGITS_CALLS, help="model calls to compare at")
     parser.add_argument("--samplers", nargs="+", help="names of the samplers to compare; all by default")
     parser.add_argument("--grids", action="store_true", help="the best SDE sampler on other time grids too")

@@ -49,8 +49,8 @@ FIXED_GRID = (EULER_MARUYAMA, SDE_1, SDE_2, EULER_ODE, HEUN_ODE, DPM_2M, UNIPC)
 
 
 def time_grids() -> list[Sampler]:
-    """The second-order SDE sampler on other time grids: more steps near the noise (shift) or nearer to the data."""
+    """The second-order SDE sampler on other time grids: more steps near the noise (shift), another last step."""
     grids: list[dict[str, float]] = [
-        {"shift": shift, "sigma_last": last} for last in (0.02, 0.04, 0.08) for shift in (1.0, 1.5, 2.0, 3.0)
+        {"shift": shift, "sigma_last": last} for last in (0.02, 0.04, 0.08, 0.12, 0.16) for shift in (1.0, 1.5, 2.0)
     ]
     return [on_grid(FlowMatchSDEMultistepScheduler, "SDE multistep, order 2", **grid) for grid in grids]
