@@ -234,7 +234,7 @@ def main_table(result: dict[str, Any]) -> str:
             significant(row["median_full_seconds"] / row["batch_size"]),
             significant(row["paper_seconds"]),
             significant(row["flops_step"] / num_images(row) / 1e12),
-            f"{rate:.0%}",
+            f"{rate:.0%}" if row["dtype"] == setting["rows"][0]["dtype"] else "—",  # measured in that one's precision
             significant(row["weight_bytes"] / 1e9),
             significant(row["working_bytes"] / 1e9),
         ])  # fmt: skip
