@@ -104,7 +104,7 @@ class TestLabels:
         [
             ("goldfis", ValueError, "'goldfis' is unknown; did you mean 'goldfish'"),
             ("Zebra", ValueError, "did you mean 'zebra'"),
-            ("xyzzy", ValueError, "pipe.labels lists the names"),
+            ("xyzzy", ValueError, "the names are 'Tinca tinca', .*'zebra'"),
             ("crane", ValueError, r"'crane' is ambiguous: ids \[2, 3\]"),
             (NUM_CLASSES, ValueError, "class label 5 is outside 0..4; 5 is the null class"),
             (-1, ValueError, "class label -1 is outside 0..4"),

@@ -82,6 +82,11 @@ def checkpoint_folders(output: Path) -> list[Path]:
     return sorted(path for path in folders if re.fullmatch(r"step-\d+", path.name) and path.is_dir())
 
 
+def checkpoint_path(output: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, or would lie."""
+    return output / "checkpoints" / f"step-{step:08d}"
+
+
 def find_checkpoints(output: Path, resume: str) -> list[Path]:
     """The checkpoints that `resume` (auto, latest, never or a path) means for the run in `output`, best first.
 
@@ -167,7 +172,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: if it cannot be written, for instance because the disk is full; the others stay.
     """
-    final = output / "checkpoints" / f"step-{progress['step']:08d}"
+    final = checkpoint_path(output, progress["step"])
     partial = final.with_name(f".{final.name}.partial")
     main = accelerator.is_main_process
 

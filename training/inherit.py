@@ -40,7 +40,8 @@ def repeat_mask_token(old: Tensor, new: Tensor) -> Tensor | None:
     """1-step -> MRAR: the single mask embedding (1, 1, D) stands at each of the S / N positions of group 0."""
     if old.shape[1] != 1 or old.shape[2] != new.shape[2]:
         raise ValueError(
-            "only a single mask embedding can be repeated: start MRAR from a 1-step model of the same width"
+            "only a single mask embedding can be repeated: start MRAR from a 1-step model of the same width; an MRAR "
+            "model cannot become one of fewer images"
         )
     return old.expand_as(new).clone()
 

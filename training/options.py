@@ -103,8 +103,8 @@ def build(schema: Any, tree: Any, path: str = "") -> Any:
 
 def unknown_key(full: str, key: str, where: str, names: list[str]) -> str:
     close = difflib.get_close_matches(key, names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"unknown key {full!r}{hint} {where} takes: {', '.join(names)}"
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"unknown key {full!r}; {hint}{where} takes: {', '.join(names)}"
 
 
 def convert(value: Any, hint: Any, path: str) -> Any:

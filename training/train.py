@@ -27,6 +27,7 @@ from .checkpoints import (
     READ_ERRORS,
     BrokenCheckpointError,
     CheckpointError,
+    checkpoint_path,
     find_checkpoints,
     read_progress,
     remove_leftovers,
@@ -39,6 +40,7 @@ from .data import GroupBatches, batch_loader, keyed_generator
 from .dry_run import describe
 from .ema import WeightAverage
 from .image_data import ImageData, Unreadable, open_data
+from .interruption import StopRequest, TrainingInterrupted, TrainingStopped
 from .latent_cache import CacheError
 from .lora import save_adapters
 from .metrics import MetricsLog, Stopwatch, Window, save_preview
@@ -54,10 +56,6 @@ from .zero import ZeroEngine, check_deepspeed
 
 
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.bin"
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on: too many bad steps in a row."""
 
 
 class Trainer:
@@ -94,7 +92,11 @@ class Trainer:
             config, self.data, rank=self.accelerator.process_index, world_size=self.accelerator.num_processes
         )
         self.rate = LearningRate(self._peak_rate(), config.schedule, self.steps_per_epoch)
+        if candidates:
+            self.say(f"{candidates[0]} is there: its weights will take the place of those told of here")
         self.say(*notes, *self._warnings(), self._describe_data())
+        if config.data.cache is not None:
+            self.say(f"reading the cache {config.data.cache}, and no images")
 
         self._prepare(module)
         if config.compile != "no":
@@ -106,6 +108,7 @@ class Trainer:
         self.accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
         self.watch = Stopwatch(self.accelerator.device)
         self.step = self.skipped = self.bad_in_a_row = 0
+        self.stop_request, self.stopping = StopRequest(), False
         self.validations: MetricsLog | None = None
         self.broken: dict[Path, str] = {}
         if candidates:
@@ -201,6 +204,7 @@ class Trainer:
 
         Raises:
             TrainingStopped: after `optimizer.max_bad_steps` bad steps in a row; a checkpoint was saved.
+            TrainingInterrupted: after Ctrl-C or SIGTERM; a checkpoint was saved.
         """
         main = self.accelerator.is_main_process
         if main:
@@ -217,14 +221,15 @@ class Trainer:
         first, last = self.step * self.accumulation, self.rate.total_steps * self.accumulation
         loader = iter(batch_loader(self.batches, first, last, self.config.data.workers))
         window = Window(self.groups_per_step * self.batches.group_size, self.watch)
-        with tqdm(
+        bar = tqdm(
             total=self.rate.total_steps,
             initial=self.step,
             desc="training",
             unit="step",
             disable=not main,
             mininterval=1,
-        ) as bar:
+        )
+        with bar, self.stop_request.awaited():
             while self.step < self.rate.total_steps:
                 with self.watch.timing("data"):
                     micro_batches = [next(loader) for _ in range(self.accumulation)]
@@ -233,6 +238,7 @@ class Trainer:
                 bar.update()
                 self._report(window, bar)
                 self._save_when_due()
+                self._stop_if_wanted()
         final = self._finish()
         self.accelerator.end_training()  # takes the process group down
         return final
@@ -255,7 +261,9 @@ class Trainer:
                 total = total + losses.detach() / len(micro_batches)
                 if self.accelerator.sync_gradients:
                     grad_norm = self._clip_or_step()
-        losses = self.accelerator.reduce(total, reduction="mean")
+        wanted = total.new_full((1,), float(self.stop_request.made))
+        reduced = self.accelerator.reduce(torch.cat([total, wanted]), reduction="mean")
+        losses, self.stopping = reduced[:-1], bool(reduced[-1])  # what one process was asked all hear of in one step
         self._update(losses, float(grad_norm))
         return losses, float(grad_norm)
 
@@ -305,6 +313,16 @@ class Trainer:
                 f"{self.bad_in_a_row} steps in a row had a loss or gradient that is not finite; state saved in "
                 f"{self.save()}. Lower optimizer.learning_rate, or set mixed_precision to bf16 or no, and run again"
             )
+
+    def _stop_if_wanted(self) -> None:
+        """Save and raise TrainingInterrupted, if a process was asked to stop and there are steps left."""
+        if not self.stopping or self.step == self.rate.total_steps:
+            return
+        saved = checkpoint_path(self.output, self.step)
+        if not saved.exists():
+            self.save()
+        self.accelerator.end_training()
+        raise TrainingInterrupted(f"interrupted; step {self.step} is saved in {saved}. Run the command again to go on")
 
     # --- reports, checkpoints ---
 
@@ -491,6 +509,9 @@ def main() -> None:
     except (ConfigError, CacheError, CheckpointError, TrainingStopped, PublishError) as error:
         print(f"training.train: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except (TrainingInterrupted, KeyboardInterrupt) as error:
+        print(f"training.train: {str(error) or 'interrupted'}", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

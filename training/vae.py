@@ -20,12 +20,18 @@ from .config import require
 from .latent_cache import CacheError
 
 
+# Names that begin with these mean folders, as in the configurations, and are not looked for on the Hub.
+OWN_FOLDERS = ("outputs", "checkpoints", "datasets", "src")
+
+
 def load_vae(name: str) -> AutoencoderKL:
     """The VAE of a folder, or of a Hub repository `org/name`, perhaps in a sub-folder: `org/name/vae`.
 
     Raises:
         CacheError: if it is in neither place.
     """
+    if not Path(name).exists() and (name[0] in "./~" or Path(name).parts[0] in OWN_FOLDERS):
+        raise CacheError(f"data.vae: there is no folder {name}; name one with an AutoencoderKL, or a Hub repository")
     repository, _, subfolder = name.rpartition("/")
     is_nested = not Path(name).exists() and repository.count("/") == 1
     try:

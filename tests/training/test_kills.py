@@ -2,6 +2,7 @@
 
 import errno
 import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -115,6 +116,43 @@ def test_a_kill_with_a_process_that_prepares_batches_changes_no_bit(make_config)
 @pytest.mark.parametrize(("num_kills", "steps", "workers"), [(7, 42, 0), (3, 18, 1)])
 def test_ten_kills_at_random_moments_change_no_bit(make_config, num_kills: int, steps: int, workers: int) -> None:
     check_kills(make_config, num_kills, steps, workers)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_saves_first(make_config, number: signal.Signals) -> None:
+    config = make_config(**{"schedule.steps": 100_000, "checkpoints.every": 100_000, "log_every": 1})
+    process = start(config)
+    while logged_steps(config) < 3:
+        time.sleep(0.005)
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 1  # TrainingInterrupted, which main turns into 130
+    (saved,) = checkpoint_folders(Path(config.output))
+    lines = len(losses(config.output))
+    assert saved.name == f"step-{lines:08d}"
+    assert Trainer(config).step == lines
+
+
+def test_main_tells_where_the_work_of_an_interrupted_run_is(make_config, monkeypatch, capsys) -> None:
+    config = make_config(**{"schedule.steps": 9, "checkpoints.every": 2})
+    file = Path(config.output).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
+    step = Trainer.train_step
+
+    def interrupted(self: Trainer, batches: list) -> tuple:
+        if self.step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    monkeypatch.setattr(sys, "argv", ["training.train", f"--config={file}"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert "interrupted; step 5 is saved in" in capsys.readouterr().err
+    assert names(config)[-1] == "step-00000005"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_kill_while_a_checkpoint_is_written(make_config) -> None:

@@ -4,9 +4,12 @@ import errno
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
@@ -84,16 +87,22 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run_split(config: TrainConfig, target: Callable[[str, int, int], None] = run_rank) -> None:
+def start_split(config: TrainConfig, target: Callable[[str, int, int], None] = run_rank) -> list[BaseProcess]:
     """The run in two new processes, each with a share of what is split."""
     file = Path(config.output).with_suffix(".yaml")
     file.write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
     port = free_port()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training.train"])
-    processes = [context.Process(target=target, args=(str(file), rank, port)) for rank in range(2)]
+    processes: list[BaseProcess] = [context.Process(target=target, args=(str(file), rank, port)) for rank in range(2)]
     for process in processes:
         process.start()
+    return processes
+
+
+def run_split(config: TrainConfig, target: Callable[[str, int, int], None] = run_rank) -> None:
+    """The run in two processes, to its end."""
+    processes = start_split(config, target)
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
@@ -229,3 +238,20 @@ def test_a_full_disk_on_one_process_costs_a_checkpoint_not_the_run(make_config) 
     config = make_config("two", **options)
     run_split(config, run_rank_with_a_full_disk)
     assert [path.name for path in checkpoint_folders(Path(config.output))] == ["step-00000004"]
+
+
+@pytest.mark.timeout(900)
+def test_one_process_asked_to_stop_stops_both_at_one_step(make_config) -> None:
+    options = {"data.batch_size": 2, "schedule.steps": 100_000, "checkpoints.every": 100_000}
+    config = make_config("two", **options)
+    processes = start_split(config)
+    while len(losses(config.output)) < 3:
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.05)
+    assert processes[1].pid is not None
+    os.kill(processes[1].pid, signal.SIGTERM)
+    for process in processes:
+        process.join()
+    (saved,) = checkpoint_folders(Path(config.output))
+    assert saved.name == f"step-{len(losses(config.output)):08d}"
+    assert len(list((saved / "state").glob("random_states_*.pkl"))) == 2

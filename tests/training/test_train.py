@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from training.checkpoints import CheckpointError, checkpoint_folders, find_checkpoints
 from training.config import ConfigError, ScheduleConfig, TrainConfig, to_dict
 from training.ema import WeightAverage
+from training.interruption import TrainingStopped
 from training.models import parameter_groups
 from training.processes import check_distribution
 from training.schedule import LearningRate
-from training.train import Trainer, TrainingStopped
+from training.train import Trainer
 from transdiff_pipelines import TransDiffPipeline
 
 
@@ -43,7 +44,10 @@ def train(config: TrainConfig) -> Trainer:
 
 
 def losses(output: str | Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    """Of the lines that are complete; a run may be writing."""
+    file = Path(output) / "metrics.jsonl"
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line)["loss"] for line in text.splitlines() if line.endswith("}")]
 
 
 def final_tensors(output: str) -> dict[str, torch.Tensor]:

@@ -12,6 +12,10 @@ import torch
 ClassLabels = int | str | Sequence[int | str] | torch.Tensor | np.ndarray
 
 
+# So many are listed in an error.
+FEW_NAMES = 20
+
+
 class ClassNames:
     """The names of a class set. A name may be a list of synonyms, separated by commas, as ImageNet's are.
 
@@ -48,6 +52,8 @@ class ClassNames:
         lowered = {known.lower(): known for known in self.unambiguous}
         close = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3)]
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "pipe.labels lists the names"
+        if not close and len(self.unambiguous) <= FEW_NAMES:
+            hint = f"the names are {', '.join(map(repr, self.unambiguous))}"
         raise ValueError(f"class name {name!r} is unknown; {hint}")
 
 
