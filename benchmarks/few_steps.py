@@ -152,7 +152,8 @@ def ratio_with_interval(
 
 def digits_settings(options: argparse.Namespace) -> list[tuple[Sampler, int]]:
     """Samplers and model calls to compare, those at the most calls first."""
-    samplers = [*FIXED_GRID, *(time_grids() if options.grids else [])]
+    by_name = {sampler.name: sampler for sampler in (*FIXED_GRID, *(time_grids() if options.grids else []))}
+    samplers = list(by_name.values())
     if options.samplers:
         samplers = [sampler for sampler in samplers if sampler.name in options.samplers]
     return [(sampler, calls) for calls in sorted(options.calls, reverse=True) for sampler in samplers]
