@@ -11,7 +11,6 @@ from diffusers import (
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from transdiff_pipelines import FlowMatchEulerMaruyamaScheduler, FlowMatchSDEMultistepScheduler
-from transdiff_pipelines.generation import FEW_STEP_GRIDS
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def on_grid(scheduler: type[SchedulerMixin], name: str, **settings: float) -> Sa
 EULER_MARUYAMA = Sampler("Euler-Maruyama", FlowMatchEulerMaruyamaScheduler)
 SDE_1 = Sampler("SDE multistep, order 1", FlowMatchSDEMultistepScheduler, (("solver_order", 1),))
 SDE_2 = Sampler("SDE multistep, order 2", FlowMatchSDEMultistepScheduler, (("solver_order", 2),))
-SDE_2_FEW_STEPS = on_grid(FlowMatchSDEMultistepScheduler, "SDE multistep, order 2", **FEW_STEP_GRIDS["sde-multistep"])
+SDE_2_FEW_STEPS = on_grid(FlowMatchSDEMultistepScheduler, "SDE multistep, order 2", shift=2.0, sigma_last=0.12)
 EULER_ODE = Sampler("Euler (ODE)", FlowMatchEulerDiscreteScheduler)
 HEUN_ODE = Sampler("Heun (ODE)", FlowMatchHeunDiscreteScheduler, calls_per_step=2)
 DPM_2M = Sampler("DPM-Solver++ 2M (ODE)", DPMSolverMultistepScheduler)

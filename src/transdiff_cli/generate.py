@@ -78,9 +78,7 @@ def generate(
     ] = None,
     scheduler: Annotated[
         SchedulerName | None,
-        typer.Option(
-            help="Sampler; for few steps sde-multistep or unipc, with --steps 10.", show_default="the model's own"
-        ),
+        typer.Option(help="Sampler; for few steps unipc, with --steps 10.", show_default="the model's own"),
     ] = None,
     drift_scale: Annotated[
         float | None, typer.Option(help="Drift of the SDE samplers.", show_default="the model's own")
@@ -116,7 +114,7 @@ def generate(
     Examples:
       transdiff generate 3 7 --output out.png            # the bundled model's digits 3 and 7
       transdiff generate --count 6                       # every class of the bundled model, six times
-      transdiff generate 8 -n 16 --seed 5 --scheduler sde-multistep --steps 10   # few steps
+      transdiff generate 8 -n 16 --seed 5 --scheduler unipc --steps 10   # the sampler for few steps
       transdiff generate 3 7 -n 50 --no-grid --output FOLDER             # FOLDER/3-0.png, FOLDER/3-1.png, ...
       transdiff generate 4 -n 9 --no-grid --output "four-{number}.webp"
       transdiff generate --from out.png --output again.png

@@ -34,8 +34,6 @@ SCHEDULER_CLASSES: dict[str, str] = {
 }
 """The samplers that were tried on this flow: two of the paper's SDE, then diffusers' of the probability-flow ODE."""
 
-# The time grid with which this sampler needs few steps (benchmarks/RESULTS.md).
-FEW_STEP_GRIDS: dict[str, dict[str, float]] = {"sde-multistep": {"shift": 2.0, "sigma_last": 0.12}}
 SDE_SAMPLERS = ("euler-maruyama", "sde-multistep")
 """Those that have a drift and a diffusion scale."""
 
@@ -235,7 +233,7 @@ def make_scheduler(
     drift_scale: float | None = None,
     diffusion_scale: float | None = None,
 ) -> SchedulerMixin:
-    """The scheduler called `name`, configured as the model's `own` but for given scales and its time grid.
+    """The scheduler called `name`, configured as the model's `own` but for the scales that are given.
 
     Raises:
         ValueError: no scheduler has that name, or it has no such scale.
@@ -250,7 +248,7 @@ def make_scheduler(
     if scales and "drift_scale" not in inspect.signature(cls).parameters:
         samplers = ", ".join(SDE_SAMPLERS)
         raise ValueError(f"{next(iter(scales))} is for the SDE samplers ({samplers}); {cls.__name__} has none")
-    return cls.from_config(own.config, **FEW_STEP_GRIDS.get(name or "", {}), **scales)
+    return cls.from_config(own.config, **scales)
 
 
 def draw(
