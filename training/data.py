@@ -14,6 +14,7 @@ multiplier, C channels, s latent side.
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -203,5 +204,16 @@ class GroupBatches(Dataset[Batch]):
 
 def batch_loader(batches: GroupBatches, first: int, last: int, workers: int = 0) -> DataLoader[Batch]:
     """Batches `first .. last - 1` in order, prepared ahead by `workers` processes; their number changes no value."""
-    pinned = torch.cuda.is_available()  # so that copies to the device do not wait
-    return DataLoader(batches, batch_size=None, sampler=range(first, last), num_workers=workers, pin_memory=pinned)
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(first, last),
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),  # so that copies to the device do not wait
+        worker_init_fn=leave_interrupts_to_the_run,
+    )
+
+
+def leave_interrupts_to_the_run(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal, and the run still wants its batch before it saves and stops."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -27,7 +27,6 @@ from .checkpoints import (
     READ_ERRORS,
     BrokenCheckpointError,
     CheckpointError,
-    checkpoint_path,
     find_checkpoints,
     read_progress,
     remove_leftovers,
@@ -318,9 +317,7 @@ class Trainer:
         """Save and raise TrainingInterrupted, if a process was asked to stop and there are steps left."""
         if not self.stopping or self.step == self.rate.total_steps:
             return
-        saved = checkpoint_path(self.output, self.step)
-        if not saved.exists():
-            self.save()
+        saved = self.save()  # again if it was due: processes must not decide by what each sees on a disk
         self.accelerator.end_training()
         raise TrainingInterrupted(f"interrupted; step {self.step} is saved in {saved}. Run the command again to go on")
 

@@ -170,3 +170,25 @@ def test_a_vae_may_lie_in_a_sub_folder_of_a_hub_repository(monkeypatch: pytest.M
 def test_sizes_that_the_vae_cannot_encode_are_an_error(own: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="image_size is 18; the VAE needs a multiple of 4"):
         cache_latents(dataclasses.replace(own, image_size=18, cache=str(tmp_path / "odd")))
+
+
+@pytest.mark.parametrize("name", ["checkpoints/vae", "outputs/a/vae", "./vae", "/nowhere/vae"])
+def test_a_missing_folder_is_not_looked_for_on_the_hub(name: str, monkeypatch, tmp_path: Path) -> None:
+    def asked(*_: object, **__: object) -> None:
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", asked)
+    with pytest.raises(CacheError, match=f"there is no folder {name}"):
+        load_vae(name)
+
+
+def test_leftovers_of_killed_processes_are_removed_with_the_last_shard(
+    data_config: DataConfig, tmp_path: Path
+) -> None:
+    own = dataclasses.replace(data_config, cache=str(tmp_path / "own"))
+    cache_latents(own)
+    leftover = tmp_path / "own" / "moments-00000-00000.1.partial"
+    leftover.write_bytes(b"half")
+    cache_latents(own)
+    assert not leftover.exists()

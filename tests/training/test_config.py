@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.config import ConfigError, load_config, to_dict
+from training.config import ConfigError, TrainConfig, build, load_config, to_dict
 
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -99,3 +99,15 @@ def test_a_resolved_config_reads_back_as_itself(file: str, tmp_path: Path) -> No
     again = tmp_path / "again.yaml"
     again.write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
     assert load_config([f"--config={again}"]) == config
+
+
+def test_an_override_that_is_no_yaml_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(MINIMAL), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"data.classes: '\[a, b' is not valid YAML; put text"):
+        load_config([f"--config={file}", "--data.classes=[a, b"])
+
+
+def test_a_preview_of_no_class_is_refused() -> None:
+    with pytest.raises(ConfigError, match="preview.labels is empty"):
+        build(TrainConfig, MINIMAL | {"preview": {"labels": []}})

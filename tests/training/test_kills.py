@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -118,13 +119,19 @@ def test_ten_kills_at_random_moments_change_no_bit(make_config, num_kills: int, 
     check_kills(make_config, num_kills, steps, workers)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_asked_to_stop_saves_first(make_config, number: signal.Signals) -> None:
-    config = make_config(**{"schedule.steps": 100_000, "checkpoints.every": 100_000, "log_every": 1})
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGINT, 1), (signal.SIGTERM, 0)])
+def test_a_run_that_is_asked_to_stop_saves_first(make_config, number: signal.Signals, workers: int) -> None:
+    """As in a terminal Ctrl-C reaches all of its processes, the workers first."""
+    options = {"schedule.steps": 100_000, "checkpoints.every": 100_000, "log_every": 1}
+    config = make_config(**options, **{"data.workers": workers})
     process = start(config)
     while logged_steps(config) < 3:
         time.sleep(0.005)
     assert process.pid is not None
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.send_signal(number)
+    time.sleep(0.2)
     os.kill(process.pid, number)
     process.join()
     assert process.exitcode == 1  # TrainingInterrupted, which main turns into 130

@@ -14,6 +14,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..models import ARConditionEncoder, TransDiffTransformer2DModel
 
 
+# The transformer's timestep for σ = 1, whatever the scheduler.
+NUM_TRAIN_TIMESTEPS = 1000
+
 _MULTISTEP_SCHEDULERS = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")
 
 FLOW_SCHEDULERS = (
@@ -43,8 +46,8 @@ _UNFIT_OPTIONS = {
 # Options that one scheduler alone cannot have here.
 _UNFIT_OPTIONS_OF = {
     "UniPCMultistepScheduler": {
-        "solver_type": ("bh1", "at the flow's first sigma it divides by zero and gives NaN"),
-        "lower_order_final": (False, "at the flow's last sigma it divides by zero and gives NaN"),
+        "solver_type": ("bh1", "it gives NaN on this flow"),
+        "lower_order_final": (False, "it gives NaN on this flow"),
     }
 }
 
@@ -106,11 +109,11 @@ def check_scheduler(scheduler: SchedulerMixin | None) -> None:
     if type(scheduler).__module__.startswith("diffusers.") and name not in FLOW_SCHEDULERS:
         reason = _UNFIT_SCHEDULERS.get(name, "it does not integrate a flow")
         raise ValueError(f"{name} cannot sample this model: {reason}; use one of {', '.join(FLOW_SCHEDULERS)}")
-    steps = config.get("num_train_timesteps", 1000)
-    if steps != 1000:
+    steps = config.get("num_train_timesteps", NUM_TRAIN_TIMESTEPS)
+    if steps != NUM_TRAIN_TIMESTEPS:
         raise ValueError(
-            f"{name} has num_train_timesteps={steps}, but the transformer's timestep is 1000 times sigma; make it "
-            f"with {name}.from_config(pipe.scheduler.config, num_train_timesteps=1000)"
+            f"{name} has num_train_timesteps={steps}, but the transformer's timestep is {NUM_TRAIN_TIMESTEPS} times "
+            f"sigma; make it with {name}.from_config(pipe.scheduler.config, num_train_timesteps={NUM_TRAIN_TIMESTEPS})"
         )
     for option, (value, reason) in (_UNFIT_OPTIONS | _UNFIT_OPTIONS_OF.get(name, {})).items():
         if config.get(option) == value:

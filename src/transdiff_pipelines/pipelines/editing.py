@@ -14,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
 from .checks import (
+    NUM_TRAIN_TIMESTEPS,
     check_count,
     check_generator,
     check_guidance_interval,
@@ -27,7 +28,7 @@ from .checks import (
 from .class_labels import ClassLabels, parse_class_labels
 from .hooks import hooks_freed
 from .image_inputs import check_images, check_masks, common_batch_size, is_latents
-from .pipeline_transdiff import NUM_TRAIN_TIMESTEPS, StepCallback, TransDiffPipeline, TransDiffPipelineOutput
+from .pipeline_transdiff import StepCallback, TransDiffPipeline, TransDiffPipelineOutput
 
 
 References = Literal["generated", "edited", "image"]

@@ -25,6 +25,7 @@ from ..loaders.single_file import TransDiffSingleFileMixin
 from ..models import ARConditionEncoder, TransDiffTransformer2DModel
 from ..models.alignment import align_weights
 from .checks import (
+    NUM_TRAIN_TIMESTEPS,
     check_components,
     check_count,
     check_generator,
@@ -44,8 +45,7 @@ from .sequence import SequenceMixin
 from .sequence_condition import Condition, ConditionEmbeds, ConditionSource, check_sequence_arguments, conditional_half
 
 
-# The transformer's timestep for σ = 1, whatever the scheduler.
-NUM_TRAIN_TIMESTEPS = 1000
+# float32 sigmas of a grid against the bounds of an interval.
 SIGMA_TOLERANCE = 1e-5
 
 # Schedulers whose custom sigmas are not those of the others: a list that ends with 0.
