@@ -12,8 +12,8 @@ from typing import Any
 import diffusers
 import torch
 
-from training.metrics import PeakMemory as PeakMemory
-from training.metrics import moment, seconds_between
+from training.outputs.metrics import PeakMemory as PeakMemory
+from training.outputs.metrics import moment, seconds_between
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from training.loss import truncate_timesteps, velocity_loss
+from training.model.loss import truncate_timesteps, velocity_loss
 from transdiff_pipelines import TransDiffPipeline, convert_original_checkpoint
 from transdiff_pipelines.latents import pack_latents, unpack_latents
 

@@ -1,6 +1,6 @@
 """Encode images into a latent cache: `accelerate launch -m training.cache_latents --config FILE`.
 
-Images come from a folder or a Hugging Face dataset (see `sources`). They are cut into parts of `data.shard_size`
+Images come from a folder or a Hugging Face dataset (see `data.sources`). They are cut into parts of `data.shard_size`
 images; each part becomes a shard that depends on its images alone, not on the number of processes. A killed run
 continues with the parts that are missing, and images that cannot be used are skipped, counted and named.
 """
@@ -27,12 +27,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import ConfigError, DataConfig, config_or_exit, require
-from .images import BadImage, read_image
-from .latent_cache import FORMAT, CacheError, LatentCache, check_settings, write_json
-from .processes import process_state
-from .sources import Example, Source, open_source
-from .vae import check_vae, latent_shape, load_vae, module_fingerprint
+from training.data.decoding import BadImage, read_image
+from training.data.latent_cache import FORMAT, CacheError, LatentCache, check_settings, write_json
+from training.data.sources import Example, Source, open_source
+from training.data.vae import check_vae, latent_shape, load_vae, module_fingerprint
+from training.distributed.processes import process_state
+from training.settings.config import ConfigError, DataConfig, config_or_exit, require
 
 
 BATCHES_AHEAD = 2  # decoded while the VAE encodes

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from training.digits.export import new_file
+from training.distributed.processes import process_state
 from training.evaluation.features import ExtractorError, load_extractor
 from training.evaluation.measure import measure
 from training.evaluation.references import ReferenceImagesError, load_reference
@@ -34,7 +35,6 @@ from training.evaluation.sampling import (
     write_npz,
 )
 from training.evaluation.search import SEARCHED, parse_axis, plot_search
-from training.processes import process_state
 from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.loaders.original_checkpoint import match_published
 

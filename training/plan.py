@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import ConfigError, TrainConfig, config_or_exit
-from .data import GroupBatches
+from training.data.batches import GroupBatches
+from training.data.latent_cache import CacheError
+from training.distributed.zero import BUCKET
+from training.outputs.metrics import PeakMemory
+from training.settings.config import ConfigError, TrainConfig, config_or_exit
+
 from .dry_run import state_bytes, state_per_process
-from .latent_cache import CacheError
-from .metrics import PeakMemory
 from .train import Trainer
-from .zero import BUCKET
 
 
 STEPS = 3

@@ -1,8 +1,9 @@
 """The training loop, for 1-step and MRAR models alike: `accelerate launch -m training.train --config FILE`.
 
 latents or images -> batches -> loss -> AdamW -> EMA -> checkpoints, and a pipeline folder at the end. Everything
-random is keyed: a batch on its position in the data (see `data`), dropout on (seed, step, process). Together with the
-learning rate, a function of the step, this makes the step number the only position there is, and resuming exact.
+random is keyed: a batch on its position in the data (see `data.batches`), dropout on (seed, step, process). Together
+with the learning rate, a function of the step, this makes the step number the only position there is, and resuming
+exact.
 """
 
 from __future__ import annotations
@@ -22,8 +23,28 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from .card import write_card
-from .checkpoints import (
+from training.data.batches import GroupBatches, batch_loader, keyed_generator
+from training.data.image_dataset import ImageData, Unreadable, open_data
+from training.data.latent_cache import CacheError
+from training.data.vae import PixelEncoder, frozen_fingerprint, load_vae, module_fingerprint
+from training.distributed.interruption import StopRequest, TrainingInterrupted, TrainingStopped
+from training.distributed.processes import start_accelerator
+from training.distributed.sharding import (
+    empty_copy,
+    gather,
+    keep_optimizer_files_whole,
+    local,
+    shard,
+    sliced_like,
+    whole,
+)
+from training.distributed.zero import ZeroEngine, check_deepspeed
+from training.model.build import TrainingModel, build_model, build_optimizer, build_pipeline, sampling_settings
+from training.model.ema import WeightAverage
+from training.model.lora import save_adapters
+from training.model.schedule import LearningRate
+from training.outputs.card import write_card
+from training.outputs.checkpoints import (
     READ_ERRORS,
     BrokenCheckpointError,
     CheckpointError,
@@ -34,24 +55,20 @@ from .checkpoints import (
     save_checkpoint,
     set_aside,
 )
-from .config import ConfigError, PreviewConfig, TrainConfig, accumulation_steps, config_or_exit, to_dict
-from .data import GroupBatches, batch_loader, keyed_generator
+from training.outputs.metrics import MetricsLog, Stopwatch, Window, save_preview
+from training.outputs.publish import PublishError, check_repository, publish
+from training.outputs.trackers import check_trackers, log_image, start_trackers
+from training.outputs.validation import Validation, held_out_images
+from training.settings.config import (
+    ConfigError,
+    PreviewConfig,
+    TrainConfig,
+    accumulation_steps,
+    config_or_exit,
+    to_dict,
+)
+
 from .dry_run import describe
-from .ema import WeightAverage
-from .image_data import ImageData, Unreadable, open_data
-from .interruption import StopRequest, TrainingInterrupted, TrainingStopped
-from .latent_cache import CacheError
-from .lora import save_adapters
-from .metrics import MetricsLog, Stopwatch, Window, save_preview
-from .models import TrainingModel, build_model, build_optimizer, build_pipeline, sampling_settings
-from .processes import start_accelerator
-from .publish import PublishError, check_repository, publish
-from .schedule import LearningRate
-from .sharding import empty_copy, gather, keep_optimizer_files_whole, local, shard, sliced_like, whole
-from .trackers import check_trackers, log_image, start_trackers
-from .vae import PixelEncoder, frozen_fingerprint, load_vae, module_fingerprint
-from .validation import Validation, held_out_images
-from .zero import ZeroEngine, check_deepspeed
 
 
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.bin"

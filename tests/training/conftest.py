@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from training.cache_latents import cache_latents
-from training.config import DataConfig, TrainConfig, build
-from training.latent_cache import LatentCache
+from training.data.latent_cache import LatentCache
+from training.settings.config import DataConfig, TrainConfig, build
 
 
 CLASS_SIZES = {"1": 5, "2": 9, "10": 3}  # natural order: 1, 2, 10

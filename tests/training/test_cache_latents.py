@@ -10,12 +10,12 @@ import torch
 from diffusers import AutoencoderKL
 
 from training.cache_latents import cache_latents, report
-from training.config import ConfigError, DataConfig
-from training.data import GroupBatches
-from training.images import read_image
-from training.latent_cache import CacheError, LatentCache
-from training.sources import FolderSource
-from training.vae import load_vae, module_fingerprint
+from training.data.batches import GroupBatches
+from training.data.decoding import read_image
+from training.data.latent_cache import CacheError, LatentCache
+from training.data.sources import FolderSource
+from training.data.vae import load_vae, module_fingerprint
+from training.settings.config import ConfigError, DataConfig
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard
 
-from training.config import to_dict
+from training.settings.config import to_dict
 from training.train import Trainer
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.config import ConfigError, TrainConfig, build, load_config, to_dict
+from training.settings.config import ConfigError, TrainConfig, build, load_config, to_dict
 
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.data import GroupBatches, batch_loader, count_groups, draw_groups
+from training.data.batches import GroupBatches, batch_loader, count_groups, draw_groups
 
 
 LABELS = np.repeat([0, 1, 2, 3], [8, 5, 2, 1])  # N = 4: exact, a leftover, smaller than N, a single image

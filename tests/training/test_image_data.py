@@ -16,16 +16,16 @@ from test_sharding import run_split
 from test_train import final_tensors, losses, train
 
 from training.cache_latents import cache_latents
-from training.checkpoints import CheckpointError, checkpoint_folders
-from training.config import ConfigError, DataConfig
-from training.data import GroupBatches, batch_loader
+from training.data.batches import GroupBatches, batch_loader
+from training.data.decoding import BadImage, center_crop, image_to_tensor, random_crop
+from training.data.image_dataset import ImageData, open_data
+from training.data.latent_cache import CacheError, LatentCache
+from training.data.sources import TableSource
+from training.data.vae import PixelEncoder, load_vae
 from training.dry_run import describe
-from training.image_data import ImageData, open_data
-from training.images import BadImage, center_crop, image_to_tensor, random_crop
-from training.latent_cache import CacheError, LatentCache
-from training.sources import TableSource
+from training.outputs.checkpoints import CheckpointError, checkpoint_folders
+from training.settings.config import ConfigError, DataConfig
 from training.train import Trainer
-from training.vae import PixelEncoder, load_vae
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training.images import BadImage, center_crop, read_image
+from training.data.decoding import BadImage, center_crop, read_image
 
 
 RED = torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1).expand(3, 16, 16)

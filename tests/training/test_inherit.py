@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_transformer
 
-from training.inherit import DECODER_RULES, inherit, interpolate_positions, table
+from training.model.inherit import DECODER_RULES, inherit, interpolate_positions, table
 from transdiff_pipelines import ARConditionEncoder
 
 

@@ -21,8 +21,8 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from test_train import final_tensors, losses, train
 
-from training.checkpoints import CheckpointError, checkpoint_folders
-from training.config import TrainConfig, load_config, to_dict
+from training.outputs.checkpoints import CheckpointError, checkpoint_folders
+from training.settings.config import TrainConfig, load_config, to_dict
 from training.train import Trainer, main
 
 
@@ -242,7 +242,7 @@ def test_reports_that_cannot_be_written_cost_no_step(make_config, monkeypatch, c
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("training.metrics.MetricsLog.write", full)
+    monkeypatch.setattr("training.outputs.metrics.MetricsLog.write", full)
     monkeypatch.setattr("training.train.save_preview", full)
     trainer.run()
     output = capsys.readouterr().out

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from benchmarks.training import tiled_losses
-from training.loss import drop_labels, logit_normal_timesteps, prefix_losses, tile, truncate_timesteps, velocity_loss
+from training.model.loss import (
+    drop_labels,
+    logit_normal_timesteps,
+    prefix_losses,
+    tile,
+    truncate_timesteps,
+    velocity_loss,
+)
 from transdiff_pipelines import ARConditionEncoder, TransDiffTransformer2DModel
 
 

@@ -3,10 +3,10 @@
 import pytest
 
 from training import plan
-from training.config import ConfigError
+from training.distributed.zero import BUCKET
 from training.dry_run import state_per_process
 from training.plan import Measured, Plan
-from training.zero import BUCKET
+from training.settings.config import ConfigError
 
 
 def test_the_table_measures_one_process_and_extrapolates_to_more(make_config) -> None:

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from tiny import seeded, tiny_encoder, tiny_pipeline, tiny_transformer
 
 from training.cache_latents import cache_latents
-from training.checkpoints import checkpoint_folders
-from training.config import ConfigError, DataConfig, TrainConfig, accumulation_steps, load_config
-from training.latent_cache import CacheError, LatentCache
+from training.data.latent_cache import CacheError, LatentCache
+from training.outputs.checkpoints import checkpoint_folders
+from training.settings.config import ConfigError, DataConfig, TrainConfig, accumulation_steps, load_config
 from training.train import Trainer
 from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.presets import PUBLISHED, PublishedModel

@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from test_train import final_tensors, losses, train
 from torch import nn
 
-from training.checkpoints import checkpoint_folders
-from training.config import ConfigError, TrainConfig, load_config, to_dict
+from training.distributed.zero import ZeroEngine
+from training.outputs.checkpoints import checkpoint_folders
+from training.settings.config import ConfigError, TrainConfig, load_config, to_dict
 from training.train import Trainer
-from training.zero import ZeroEngine
 
 
 OPTIONS = {

@@ -17,10 +17,10 @@ import yaml
 from PIL import Image
 
 from training.cache_latents import ShardWriter, cache_latents, report
-from training.config import ConfigError, DataConfig
-from training.latent_cache import CacheError, LatentCache
-from training.sources import FolderSource, Source, open_source
-from training.vae import load_vae
+from training.data.latent_cache import CacheError, LatentCache
+from training.data.sources import FolderSource, Source, open_source
+from training.data.vae import load_vae
+from training.settings.config import ConfigError, DataConfig
 
 
 REPOSITORY = Path(__file__).parents[2]

@@ -17,13 +17,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
-from training.checkpoints import CheckpointError, checkpoint_folders, find_checkpoints
-from training.config import ConfigError, ScheduleConfig, TrainConfig, to_dict
-from training.ema import WeightAverage
-from training.interruption import TrainingStopped
-from training.models import parameter_groups
-from training.processes import check_distribution
-from training.schedule import LearningRate
+from training.distributed.interruption import TrainingStopped
+from training.distributed.processes import check_distribution
+from training.model.build import parameter_groups
+from training.model.ema import WeightAverage
+from training.model.schedule import LearningRate
+from training.outputs.checkpoints import CheckpointError, checkpoint_folders, find_checkpoints
+from training.settings.config import ConfigError, ScheduleConfig, TrainConfig, to_dict
 from training.train import Trainer
 from transdiff_pipelines import TransDiffPipeline
 

@@ -16,13 +16,13 @@ from accelerate.state import AcceleratorState
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.cache_latents import cache_latents
-from training.config import ConfigError, TrainConfig, to_dict
+from training.data.latent_cache import CacheError, LatentCache
 from training.dry_run import CPU_ATTENTION, describe, measure
-from training.latent_cache import CacheError, LatentCache
-from training.metrics import Stopwatch, Window, smooth
-from training.publish import PublishError, check_repository
+from training.outputs.metrics import Stopwatch, Window, smooth
+from training.outputs.publish import PublishError, check_repository
+from training.outputs.validation import hold_out
+from training.settings.config import ConfigError, TrainConfig, to_dict
 from training.train import Trainer
-from training.validation import hold_out
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +119,7 @@ def test_another_cache_can_validate_if_it_fits(make_config, data_config, tmp_pat
 
 def test_the_share_outside_the_passes_is_what_the_stopwatch_did_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 3.0, 3.0, 7.0, 10.0, 10.0])
-    monkeypatch.setattr("training.metrics.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("training.outputs.metrics.time.perf_counter", lambda: next(clock))
     watch = Stopwatch(torch.device("cpu"))
     watch.clear = lambda: None  # type: ignore[method-assign]
     window = Window(images_per_step=20, watch=watch)
@@ -167,7 +167,7 @@ def test_tensorboard_gets_scalars_and_sample_grids(make_config) -> None:
 def test_trackers_that_are_not_there_are_an_error(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="trackers names 'paper'; valid names: .*wandb"):
         Trainer(make_config(trackers=["paper"]))
-    monkeypatch.setattr("training.trackers.get_available_trackers", list)
+    monkeypatch.setattr("training.outputs.trackers.get_available_trackers", list)
     with pytest.raises(ConfigError, match="pip install wandb"):
         Trainer(make_config(trackers=["wandb"]))
     config = make_config(trackers=[], **{"schedule.steps": 1})
@@ -246,8 +246,8 @@ class FakeHub:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
-    monkeypatch.setattr("training.publish.HfApi", FakeHub)
-    monkeypatch.setattr("training.publish.get_token", lambda: "hf_token")
+    monkeypatch.setattr("training.outputs.publish.HfApi", FakeHub)
+    monkeypatch.setattr("training.outputs.publish.get_token", lambda: "hf_token")
     monkeypatch.setattr(FakeHub, "uploads", [])
     return FakeHub
 
@@ -268,7 +268,7 @@ def test_a_failed_push_loses_nothing_and_tells_what_to_do(make_config, hub: type
 
 
 def test_a_push_that_cannot_succeed_is_refused_at_the_start(make_config, monkeypatch) -> None:
-    monkeypatch.setattr("training.publish.get_token", lambda: None)
+    monkeypatch.setattr("training.outputs.publish.get_token", lambda: None)
     with pytest.raises(ConfigError, match="hf auth login"):
         Trainer(make_config(push_to_hub="tester/tiny"))
     with pytest.raises(ConfigError, match="push_to_hub is 'a/b/c'"):

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .config import TrainConfig
-from .loss import drop_labels, logit_normal_timesteps
+from training.model.loss import drop_labels, logit_normal_timesteps
+from training.settings.config import TrainConfig
 
 
 Batch = dict[str, Tensor]

@@ -18,16 +18,17 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import ConfigError, DataConfig
-from .data import TrainingData
-from .images import BadImage, random_crop, read_image
+from training.settings.config import ConfigError, DataConfig
+
+from .batches import TrainingData
+from .decoding import BadImage, random_crop, read_image
 from .latent_cache import CacheError, LatentCache, digest_of
 from .sources import Example, IndexedSource, open_source
 from .vae import check_vae, latent_shape, module_fingerprint
 
 
 class ImageData:
-    """The images of a source as `data.TrainingData`.
+    """The images of a source as `batches.TrainingData`.
 
     An image that turns out to be unreadable is replaced, always by the same one: the next of its class that can be
     read, or, if the whole class is unreadable, of all.

@@ -35,7 +35,7 @@ class CacheError(ValueError):
 
 
 class LatentCache:
-    """A finished cache, opened for reading: `data.TrainingData` of encoded images.
+    """A finished cache, opened for reading: `batches.TrainingData` of encoded images.
 
     Attributes:
         labels: `(images,)` int64 class index of each image.

@@ -19,8 +19,9 @@ from typing import Any, Protocol
 import datasets
 import fsspec
 
-from .config import ConfigError, DataConfig, require
-from .images import IMAGE_SUFFIXES
+from training.settings.config import ConfigError, DataConfig, require
+
+from .decoding import IMAGE_SUFFIXES
 from .latent_cache import CacheError, digest_of
 
 
@@ -31,7 +32,7 @@ class Example:
     Attributes:
         name: file name or row, for messages.
         label: class index.
-        load: returns the image in a form that `images.read_image` takes.
+        load: returns the image in a form that `decoding.read_image` takes.
         problem: why the image cannot be used, if its label is wrong; `label` is -1 then.
     """
 

@@ -16,7 +16,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from .config import require
+from training.settings.config import require
+
 from .latent_cache import CacheError
 
 

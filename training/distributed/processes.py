@@ -12,7 +12,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from .config import ConfigError, TrainConfig
+from training.settings.config import ConfigError, TrainConfig
 
 
 # The default of ten minutes is short where one prepares a dataset, draws previews or has more images to encode.

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 if TYPE_CHECKING:
-    from .models import TrainingModel
+    from training.model.build import TrainingModel
 
 
 def shard(module: TrainingModel, device: torch.device, num_processes: int) -> None:

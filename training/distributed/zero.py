@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import ConfigError, TrainConfig
+from training.settings.config import ConfigError, TrainConfig
 
 
 # What AdamW keeps of each parameter, besides the number of steps.

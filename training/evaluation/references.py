@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from training.data.decoding import IMAGE_SUFFIXES, read_image
 from training.digits.export import new_file
 from training.evaluation.features import Extractor
 from training.evaluation.metrics import RunningStatistics, Statistics
-from training.images import IMAGE_SUFFIXES, read_image
 
 
 MAXIMUM_FEATURES = 10_000

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from training.data import keyed_generator
+from training.data.batches import keyed_generator
 from training.digits.export import new_file
 from transdiff_pipelines import TransDiffPipeline
 

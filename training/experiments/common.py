@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from training.data import keyed_generator
+from training.data.batches import keyed_generator
 from training.digits.export import new_file
 from training.digits.quality import Reference as DigitsReference
 from training.digits.quality import frechet_distance, pooled_pixels

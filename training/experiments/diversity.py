@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from training.checkpoints import checkpoint_folders
 from training.digits.export import new_file
 from training.experiments.common import (
     add_judge_options,
@@ -34,6 +33,7 @@ from training.experiments.common import (
     parser,
     write,
 )
+from training.outputs.checkpoints import checkpoint_folders
 from transdiff_pipelines import TransDiffPipeline
 
 

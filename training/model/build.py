@@ -11,6 +11,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from training.data.batches import TrainingData
+from training.settings.config import ConfigError, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
 from transdiff_pipelines import (
     ARConditionEncoder,
     FlowMatchEulerMaruyamaScheduler,
@@ -20,8 +22,6 @@ from transdiff_pipelines import (
 from transdiff_pipelines.models.ar_condition_encoder import group_sizes
 from transdiff_pipelines.pipelines.class_set import match_classes, resize_class_embedding
 
-from .config import ConfigError, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
-from .data import TrainingData
 from .inherit import DECODER_RULES, ENCODER_RULES, inherit, table
 from .lora import add_adapters
 from .loss import prefix_losses

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .sharding import from_slices, local, sliced_like
+from training.distributed.sharding import from_slices, local, sliced_like
 
 
 class WeightAverage:

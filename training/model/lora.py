@@ -10,13 +10,12 @@ import peft
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
+from training.settings.config import LATENT_PARTS, ConfigError, LoraConfig
 from transdiff_pipelines import TransDiffPipeline
-
-from .config import LATENT_PARTS, ConfigError, LoraConfig
 
 
 if TYPE_CHECKING:
-    from .models import TrainingModel
+    from .build import TrainingModel
 
 ADAPTER = "default"
 

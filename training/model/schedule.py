@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .config import ScheduleConfig
+from training.settings.config import ScheduleConfig
 
 
 class LearningRate:

@@ -6,10 +6,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from training.settings.config import TrainConfig, to_dict
 from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.model_card import CARD_NAME, adapter_card, training_card
-
-from .config import TrainConfig, to_dict
 
 
 def write_card(

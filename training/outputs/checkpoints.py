@@ -22,8 +22,8 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from .config import ConfigError, TrainConfig, build, to_dict
-from .latent_cache import write_json
+from training.data.latent_cache import write_json
+from training.settings.config import ConfigError, TrainConfig, build, to_dict
 
 
 class CheckpointError(ValueError):

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from training.settings.config import PreviewConfig
 from transdiff_pipelines import TransDiffPipeline
-
-from .config import PreviewConfig
 
 
 class MetricsLog:

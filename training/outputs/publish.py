@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from .config import ConfigError
+from training.settings.config import ConfigError
 
 
 class PublishError(RuntimeError):

@@ -9,8 +9,9 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from PIL import Image
 
+from training.settings.config import ConfigError, TrainConfig, to_dict
+
 from .checkpoints import flatten
-from .config import ConfigError, TrainConfig, to_dict
 
 
 def check_trackers(names: list[str]) -> None:

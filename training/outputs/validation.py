@@ -9,11 +9,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .config import ConfigError, TrainConfig, ValidationConfig
-from .data import GroupBatches, TrainingData, batch_loader
-from .image_data import ImageData
-from .latent_cache import CacheError, LatentCache
-from .vae import PixelEncoder
+from training.data.batches import GroupBatches, TrainingData, batch_loader
+from training.data.image_dataset import ImageData
+from training.data.latent_cache import CacheError, LatentCache
+from training.data.vae import PixelEncoder
+from training.settings.config import ConfigError, TrainConfig, ValidationConfig
 
 
 def hold_out(data: TrainingData, fraction: float, seed: int) -> tuple[TrainingData, TrainingData]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from .options import ConfigError as ConfigError
-from .options import build, option, read_value, read_yaml, require, section_help, set_key, split_arguments
-from .options import to_dict as to_dict
+from .schema import ConfigError as ConfigError
+from .schema import build, option, read_value, read_yaml, require, section_help, set_key, split_arguments
+from .schema import to_dict as to_dict
 
 
 LATENT_PARTS = ("condition_encoder", "transformer")
