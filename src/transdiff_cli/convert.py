@@ -47,15 +47,11 @@ def convert(
     with one_line_errors(debug):
         import torch
 
-        from transdiff_pipelines.loaders import (
-            check_output_folder,
-            convert_original_checkpoint,
-            download_original,
-            save_converted,
-        )
+        from transdiff_pipelines.files import refuse_existing
+        from transdiff_pipelines.loaders import convert_original_checkpoint, download_original, save_converted
         from transdiff_pipelines.presets import ORIGINAL_REPOSITORY, PUBLISHED
 
-        check_output_folder(output)
+        refuse_existing(output)
         if checkpoint is None or vae is None:
             checkpoint, vae = download_original(str(model), str(repo))
         pipe = convert_original_checkpoint(checkpoint, vae, num_attention_heads, preset, dtype=getattr(torch, dtype))

@@ -1,6 +1,5 @@
 """Where `generate` writes: names checked before the work, files that appear whole."""
 
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,14 +69,12 @@ def single_files(pattern: Path, settings: "GenerationSettings") -> list[Path]:
 
 
 def save_image(image: Image.Image, path: Path, settings: "GenerationSettings") -> None:
-    """Write with the settings in it, to a temporary name, then rename: an interrupted write leaves what was there."""
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    """Write with the settings in it; an interrupted write leaves what was there."""
+    from transdiff_pipelines.files import new_file
+
     options: dict[str, Any] = {"pnginfo": settings.png_info()} if keeps_settings(path) else {}
-    try:
-        image.save(temporary, **options)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path) as temporary:
+        image.save(temporary, format=Image.registered_extensions()[path.suffix.lower()], **options)
 
 
 def keeps_settings(path: Path) -> bool:

@@ -67,6 +67,8 @@ def _description(source: str, index: Mapping[str, Any]) -> Iterator[str]:
     from accelerate import init_empty_weights
     from diffusers import ModelMixin
 
+    from transdiff_pipelines.latents import vae_stride
+
     configs = {}
     yield f"{source}: {index['_class_name']}"
     for name, entry in index.items():
@@ -81,7 +83,7 @@ def _description(source: str, index: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {name:<18} {entry[1]:<32}{size}".rstrip()
     encoder, transformer, vae = (configs[name] for name in ("condition_encoder", "transformer", "vae"))
     images = encoder["patch_size"] ** 2
-    side = transformer["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    side = transformer["sample_size"] * vae_stride(vae)
     yield f"images: {side} x {side} pixels, {'1-step' if images == 1 else f'MRAR, {images} to a sequence'}"
     scheduler = configs["scheduler"]
     scales = scheduler.get("drift_scale"), scheduler.get("diffusion_scale")

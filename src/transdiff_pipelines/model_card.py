@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
+from .latents import vae_stride
 from .presets import ORIGINAL_REPOSITORY, PUBLISHED, PublishedModel
 
 
@@ -352,7 +353,7 @@ def _saved_facts(folder: Path) -> list[str]:
             "scheduler/scheduler_config.json",
         )
     )
-    resolution = transformer["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    resolution = transformer["sample_size"] * vae_stride(vae)
     scales = scheduler.get("drift_scale"), scheduler.get("diffusion_scale")
     return [_architecture(encoder, transformer, resolution), _settings(index.get("guidance_scale"), *scales)]
 

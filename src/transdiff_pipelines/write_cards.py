@@ -5,12 +5,12 @@ python -m transdiff_pipelines.write_cards --output model_cards --check
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import DIGITS
+from .files import new_file
 from .model_card import all_cards
 
 
@@ -29,11 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"not current in {options.output}: {', '.join(stale)}; run {command}", file=sys.stderr)
             raise SystemExit(1)
         return
-    options.output.mkdir(parents=True, exist_ok=True)
     for name, text in cards.items():
-        temporary = options.output / f".{name}.partial"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, options.output / name)
+        with new_file(options.output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

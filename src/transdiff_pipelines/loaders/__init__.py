@@ -2,7 +2,6 @@ from .hub import TransDiffHubMixin
 from .lora import TransDiffLoraLoaderMixin
 from .original_checkpoint import convert_original_checkpoint
 from .original_repository import (
-    check_output_folder,
     download_original,
     explain_original_repository,
     save_converted,
@@ -14,7 +13,6 @@ __all__ = [
     "TransDiffHubMixin",
     "TransDiffLoraLoaderMixin",
     "TransDiffSingleFileMixin",
-    "check_output_folder",
     "convert_original_checkpoint",
     "download_original",
     "explain_original_repository",

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, create_repo, file_exists, upload_folder
 
 from ..code_export import PACKAGE, self_contained_source
+from ..files import new_file
 from ..model_card import CARD_NAME, pipeline_card
 from ..models import ARConditionEncoder, TransDiffTransformer2DModel
 
@@ -182,6 +183,5 @@ def _installed(name: str, value: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,12 +1,12 @@
 """From the authors' Hub repository to a diffusers folder on disk."""
 
 import os
-import tempfile
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 
+from ..files import new_folder
 from ..model_card import CARD_NAME, published_card
 from ..presets import (
     ORIGINAL_FILENAME,
@@ -47,24 +47,11 @@ def save_converted(
     Raises:
         FileExistsError: `output` exists and is not an empty folder.
     """
-    output = Path(output)
-    check_output_folder(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # A neighbour, so that the rename at the end stays within one file system.
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as workplace:
-        written = Path(workplace) / output.name
-        pipeline.save_pretrained(written)
+    with new_folder(output) as folder:
+        pipeline.save_pretrained(folder)
         if card is not None:
-            (written / CARD_NAME).write_text(published_card(card), encoding="utf-8")
-        os.replace(written, output)
-    return output
-
-
-def check_output_folder(output: str | os.PathLike[str]) -> None:
-    """Raise FileExistsError unless `output` is free: worth asking before a long conversion, not only after it."""
-    output = Path(output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise FileExistsError(f"{output} exists; remove it, or name another output folder")
+            (folder / CARD_NAME).write_text(published_card(card), encoding="utf-8")
+    return Path(output)
 
 
 def explain_original_repository(name_or_path: str | os.PathLike[str]) -> str | None:

@@ -11,11 +11,9 @@ from diffusers import AutoencoderKL
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from ..latents import NUM_TRAIN_TIMESTEPS
 from ..models import ARConditionEncoder, TransDiffTransformer2DModel
 
-
-# The transformer's timestep for σ = 1, whatever the scheduler.
-NUM_TRAIN_TIMESTEPS = 1000
 
 _MULTISTEP_SCHEDULERS = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")
 

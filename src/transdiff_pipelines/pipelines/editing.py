@@ -13,8 +13,8 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
+from ..latents import NUM_TRAIN_TIMESTEPS, noise_latents
 from .checks import (
-    NUM_TRAIN_TIMESTEPS,
     check_count,
     check_generator,
     check_guidance_interval,
@@ -114,7 +114,7 @@ class Edit:
         """The images' latents at `sigmas[index]` (Eq. 4); at the grid's start pure noise, as in plain generation."""
         # Not by the schedulers' `scale_noise` or `add_noise`, which read different parts of the run's state.
         sigma = self.sigmas[index]
-        return self.noise if index == 0 else (1 - sigma) * self.image_latents + sigma * self.noise
+        return self.noise if index == 0 else noise_latents(self.image_latents, self.noise, sigma)
 
     def keep_known(self, latents: torch.Tensor, index: int) -> torch.Tensor:
         """`latents` at `sigmas[index]` with the known ones put in their places."""

@@ -19,13 +19,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from ..latents import NUM_TRAIN_TIMESTEPS, scale_latents, unscale_latents, vae_stride
 from ..loaders.hub import TransDiffHubMixin
 from ..loaders.lora import TransDiffLoraLoaderMixin
 from ..loaders.single_file import TransDiffSingleFileMixin
 from ..models import ARConditionEncoder, TransDiffTransformer2DModel
 from ..models.alignment import align_weights
+from ..presets import VAE_DOWNSAMPLE_FACTOR
 from .checks import (
-    NUM_TRAIN_TIMESTEPS,
     check_components,
     check_count,
     check_generator,
@@ -120,8 +121,7 @@ class TransDiffPipeline(
         self.register_to_config(id2label=id2label, guidance_scale=guidance_scale)
 
         self._set_labels(id2label)
-        block_out_channels = vae.config.block_out_channels if vae is not None else (1,) * 5
-        self.vae_scale_factor = 2 ** (len(block_out_channels) - 1)
+        self.vae_scale_factor = VAE_DOWNSAMPLE_FACTOR if vae is None else vae_stride(vae.config)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
         # What callbacks may ask for while a call is running.
@@ -315,14 +315,14 @@ class TransDiffPipeline(
         """
         pixels = (2 * pixels - 1).to(self._execution_device, self.vae.dtype)
         latents = self.vae.encode(pixels).latent_dist.mode().float()
-        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        return scale_latents(latents, self.vae.config)
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Scaled latents `(B, C, s, s)` to images of the `output_type`; "latent" gives them back as they are."""
         if output_type == "latent":
             return latents
-        latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        latents = unscale_latents(latents, self.vae.config).to(self.vae.dtype)
+        images = self.vae.decode(latents, return_dict=False)[0]
         return self.image_processor.postprocess(images, output_type=output_type)
 
     @torch.no_grad()

@@ -10,6 +10,8 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..latents import noise_latents
+
 
 # Config entries that only other schedulers read. They must reach those through `from_config`, which drops entries
 # left at their default: without `prediction_type`, DPM-Solver would run as noise prediction and return garbage.
@@ -200,7 +202,7 @@ class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
         """Noise clean samples to `timestep`, (1 - σ) x₀ + σ ε (Eq. 4); one timestep, or one for each sample `(B,)`."""
         timestep = torch.as_tensor(timestep, device=sample.device, dtype=torch.float32)
         sigma = (timestep / self.config.num_train_timesteps).reshape(-1, *[1] * (sample.ndim - 1))
-        return ((1 - sigma) * sample + sigma * noise).to(sample.dtype)
+        return noise_latents(sample, noise, sigma).to(sample.dtype)
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor

@@ -1,0 +1,50 @@
+"""Files and folders that appear whole or not at all: written beside their place, then renamed."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, which replaces it at the end of the block.
+
+    The block that fails leaves what was there; its folder is made where it does not exist. The temporary name has no
+    suffix of `path`, so that a writer which reads the format off the name must be told it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty folder that becomes `path` at the end of the block; if the block fails, nothing is left.
+
+    Raises:
+        FileExistsError: `path` exists and is not an empty folder.
+    """
+    path = Path(path)
+    refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A neighbour, so that the rename at the end stays within one file system. The folder inside of it has the rights
+    # that the user's umask gives, which a temporary folder has not.
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as workplace:
+        folder = Path(workplace) / path.name
+        folder.mkdir()
+        yield folder
+        os.replace(folder, path)
+
+
+def refuse_existing(path: str | os.PathLike[str]) -> None:
+    """Raise FileExistsError unless `path` is missing or an empty folder; ask before long work, not only after it."""
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path}, not an empty folder, exists; remove it, or name another output folder")
