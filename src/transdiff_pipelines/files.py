@@ -47,4 +47,4 @@ def refuse_existing(path: str | os.PathLike[str]) -> None:
     """Raise FileExistsError unless `path` is missing or an empty folder; ask before long work, not only after it."""
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path}, not an empty folder, exists; remove it, or name another output folder")
+        raise FileExistsError(f"{path} exists; remove it, or name another output folder (it is not an empty folder)")
