@@ -22,7 +22,7 @@ from .pipelines import (
     pad_for_outpainting,
 )
 from .registration import register_hook_targets, register_with_diffusers
-from .schedulers import FlowMatchEulerMaruyamaScheduler, FlowMatchSDEMultistepScheduler
+from .schedulers import FlowMapScheduler, FlowMatchEulerMaruyamaScheduler, FlowMatchSDEMultistepScheduler
 
 
 __version__ = "0.1.0"
@@ -33,6 +33,7 @@ DIGITS = Path(__file__).parent / "checkpoints" / "digits"
 register_with_diffusers(
     ARConditionEncoder,
     TransDiffTransformer2DModel,
+    FlowMapScheduler,
     FlowMatchEulerMaruyamaScheduler,
     FlowMatchSDEMultistepScheduler,
     TransDiffPipeline,
@@ -44,6 +45,7 @@ register_hook_targets([ARTransformerBlock, TransDiffTransformerBlock], TransDiff
 __all__ = [
     "DIGITS",
     "ARConditionEncoder",
+    "FlowMapScheduler",
     "FlowMatchEulerMaruyamaScheduler",
     "FlowMatchSDEMultistepScheduler",
     "ModelMixin",

@@ -2,7 +2,7 @@
 
 from tests.schedulers.test_schedulers import SchedulerCommonTest
 
-from transdiff_pipelines import FlowMatchEulerMaruyamaScheduler, FlowMatchSDEMultistepScheduler
+from transdiff_pipelines import FlowMapScheduler, FlowMatchEulerMaruyamaScheduler, FlowMatchSDEMultistepScheduler
 
 
 class EulerMaruyamaTests(SchedulerCommonTest):
@@ -16,6 +16,13 @@ class EulerMaruyamaTests(SchedulerCommonTest):
 
 class SDEMultistepTests(EulerMaruyamaTests):
     scheduler_classes = (FlowMatchSDEMultistepScheduler,)
+
+
+class FlowMapTests(EulerMaruyamaTests):
+    scheduler_classes = (FlowMapScheduler,)
+
+    def get_scheduler_config(self, **kwargs) -> dict:
+        return {"num_train_timesteps": 1000, "renoise": 0.5, **kwargs}
 
 
 del SchedulerCommonTest  # the empty contract itself is no test

@@ -79,6 +79,11 @@ class TransDiffTransformerBlock(nn.Module):
 class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     """The DiT decoder of TransDiff: velocity v = ε - x₀ of x_t = (1 - t) x₀ + t ε (paper, Eq. 4, 5).
 
+    With `num_flow_map_layers` it is a flow map: it also takes a next time r ≤ t and predicts the average velocity u on
+    the way there, so that x_r = x_t - (t - r) u in one call. The first blocks go on seeing t, the last ones and the
+    final layer see r (decoupled MeanFlow, arXiv 2510.24474). At r = t that is the velocity, and no weight is new: the
+    entry alone makes a velocity model of any size one to train a flow map from.
+
     Args:
         sample_size: latent side s (16 for 256 px, 32 for 512 px).
         in_channels: latent channels C.
@@ -88,6 +93,11 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         cross_attention_dim: width of the condition tokens.
         mlp_ratio: hidden width of the MLPs over D.
         dropout: probability on attention weights, attention outputs and both MLP linears, while training.
+        num_flow_map_layers: how many of the last blocks are conditioned on the next time, the final layer with them;
+            0 is a velocity model.
+
+    Raises:
+        ValueError: `patch_size` does not divide `sample_size`, or there are fewer blocks than `num_flow_map_layers`.
     """
 
     _supports_gradient_checkpointing = True
@@ -107,8 +117,14 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         cross_attention_dim: int = 768,
         mlp_ratio: float = 4.0,
         dropout: float = 0.1,
+        num_flow_map_layers: int = 0,
     ):
         super().__init__()
+        if not 0 <= num_flow_map_layers <= num_layers:
+            raise ValueError(
+                f"num_flow_map_layers is {num_flow_map_layers}; expected 0 (a velocity model) to num_layers, "
+                f"{num_layers}"
+            )
         if patch_size < 1 or sample_size % patch_size:
             raise ValueError(
                 f"patch_size {patch_size} does not divide sample_size {sample_size}; choose a divisor of it"
@@ -175,6 +191,7 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         encoder_hidden_states: torch.Tensor | list[KeyValue],
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
+        next_timestep: torch.Tensor | float | int | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Velocity `(B, C, s, s)` of the noisy latents `hidden_states` `(B, C, s, s)`.
 
@@ -183,18 +200,28 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
             encoder_hidden_states: condition tokens `(B, M, cross_attention_dim)`, any number of them, or what
                 `project_condition` made of them.
             attention_kwargs: `{"scale": s}` weighs the active LoRA adapters by s in this call.
+            next_timestep: of a flow map 1000 r, in the form of `timestep` and not above it: the result is the average
+                velocity from t to r. None is r = t, where that is the velocity itself.
 
         Raises:
-            ValueError: `hidden_states` is not of the latent size and channel count of the config.
+            ValueError: `hidden_states` is not of the latent size and channel count of the config; a velocity model was
+                given a `next_timestep`.
         """
         height, width = hidden_states.shape[-2:]
         expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
         if tuple(hidden_states.shape[1:]) != expected:
             raise ValueError(f"latents have shape {tuple(hidden_states.shape)}; expected (B, *{expected})")
         timestep = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1)
+        if next_timestep is not None:
+            if self.config.num_flow_map_layers == 0:
+                raise ValueError(
+                    "next_timestep was given to a velocity model (num_flow_map_layers=0), which knows one time alone; "
+                    "leave it out, or load a checkpoint trained as a flow map"
+                )
+            next_timestep = torch.as_tensor(next_timestep, device=hidden_states.device).reshape(-1)
 
         with lora_scale(self, attention_kwargs):
-            tokens = self._predict_tokens(hidden_states, timestep, encoder_hidden_states)
+            tokens = self._predict_tokens(hidden_states, timestep, next_timestep, encoder_hidden_states)
         sample = unpack_latents(tokens, self.config.patch_size, height, width)
         if not return_dict:
             return (sample,)
@@ -204,6 +231,7 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
         self,
         hidden_states: torch.Tensor,
         timestep: torch.Tensor,
+        next_timestep: torch.Tensor | None,
         encoder_hidden_states: torch.Tensor | list[KeyValue],
     ) -> torch.Tensor:
         """Velocity as tokens `(B, T, C P²)`."""
@@ -214,7 +242,12 @@ class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
             conditions = encoder_hidden_states
         # One timestep for the whole batch stays one row: its modulation is computed once and broadcast.
         time_embedding, modulation = self.embed_time(timestep, tokens.dtype)
-        for block, condition in zip(self.transformer_blocks, conditions, strict=True):
+        modulations = [modulation] * len(self.transformer_blocks)
+        if next_timestep is not None:
+            time_embedding, modulation = self.embed_time(next_timestep, tokens.dtype)
+            first = len(modulations) - self.config.num_flow_map_layers
+            modulations[first:] = [modulation] * self.config.num_flow_map_layers
+        for block, condition, modulation in zip(self.transformer_blocks, conditions, modulations, strict=True):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, condition, modulation)
             else:

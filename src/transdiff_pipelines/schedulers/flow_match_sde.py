@@ -1,214 +1,31 @@
-"""What the samplers of this package share: the SDE's time grid, the place on it, and diffusers' scheduler surface."""
+"""What the samplers of the reverse SDE share: its two scales and its time grid."""
 
 import math
-from abc import abstractmethod
-from collections.abc import Sequence
 
-import numpy as np
 import torch
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
 
-from ..latents import noise_latents
+from .flow_match import FlowMatchScheduler
 
 
-# Config entries that only other schedulers read. They must reach those through `from_config`, which drops entries
-# left at their default: without `prediction_type`, DPM-Solver would run as noise prediction and return garbage.
-# A solver that ends at sigma 0 wants `lower_order_final`, and the single-step one says so if it has to set it itself.
-_ALWAYS_HANDED_ON = {"prediction_type", "use_flow_sigmas", "flow_shift", "shift", "lower_order_final"}
-
-
-class FlowMatchSDEScheduler(SchedulerMixin, ConfigMixin):
+class FlowMatchSDEScheduler(FlowMatchScheduler):
     """Base of the schedulers that integrate the reverse SDE of the linear path, x_σ = (1 - σ) x₀ + σ ε, w(σ) = 2σ.
 
     A subclass says in `_advance` how one step is made. Its config has the entries of
     `FlowMatchEulerMaruyamaScheduler`, and its `__init__` ends with `self._initialize()`.
     """
 
-    _compatibles = [
-        "FlowMatchEulerMaruyamaScheduler",
-        "FlowMatchSDEMultistepScheduler",
-        "FlowMatchEulerDiscreteScheduler",
-        "FlowMatchHeunDiscreteScheduler",
-        "DPMSolverMultistepScheduler",
-        "DPMSolverSinglestepScheduler",
-        "UniPCMultistepScheduler",
-    ]
-    order = 1
-
-    @abstractmethod
-    def _advance(
-        self, velocity: torch.Tensor, x: torch.Tensor, sigma: float, sigma_next: float, noise: torch.Tensor | None
-    ) -> torch.Tensor:
-        """x at `sigma_next` from velocity and x at `sigma`; `noise` is None where the step adds none."""
-
     def _initialize(self) -> None:
-        """Check the config, have it handed on whole by `from_config`, and stand at the start of the training grid."""
         config = self.config
         if not 0 < config.sigma_last <= 1:
             raise ValueError(f"sigma_last is {config.sigma_last}; it must lie in (0, 1], 0.04 in the published models")
-        if not config.shift > 0:
-            raise ValueError(f"shift is {config.shift}; it must be positive, and is 1 in the published models")
         for name in ("drift_scale", "diffusion_scale"):
             if not (math.isfinite(config[name]) and config[name] >= 0):
                 raise ValueError(f"{name} is {config[name]}; it must be a finite number of at least 0")
-        if config.prediction_type != "flow_prediction":
-            raise ValueError(
-                f"prediction_type is {config.prediction_type!r}; this scheduler integrates 'flow_prediction' "
-                "(velocity) only"
-            )
-        # Two names of one thing: flow-match schedulers read `shift`, multistep ones `flow_shift`.
-        if 1 in (config.shift, config.flow_shift) and config.shift != config.flow_shift:
-            shift = config.flow_shift if config.shift == 1 else config.shift
-            self.register_to_config(shift=shift, flow_shift=shift)
-            config = self.config
-        if "_use_default_values" in config:  # absent on a scheduler reloaded from its saved config
-            dropped = sorted(set(config._use_default_values) - _ALWAYS_HANDED_ON)
-            # The class name, which a saved config has, tells other schedulers' `from_config` whose entries these are.
-            self.register_to_config(_use_default_values=dropped, _class_name=type(self).__name__)
+        super()._initialize()
 
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
-        # Before set_timesteps, the training grid: whole timesteps from num_train_timesteps down to 1.
-        steps = config.num_train_timesteps
-        self._set_grid(torch.linspace(1.0, 1.0 / steps, steps, device="cpu"), device=None)
-        self.num_inference_steps: int | None = None
+    def _default_grid(self, num_inference_steps: int) -> torch.Tensor:
+        """linspace(1, sigma_last, n)."""
+        return torch.linspace(1.0, self.config.sigma_last, num_inference_steps, dtype=torch.float32, device="cpu")
 
-    @property
-    def init_noise_sigma(self) -> float:
-        """Standard deviation of the initial noise."""
-        return 1.0
-
-    @property
-    def step_index(self) -> int | None:
-        """Index of the coming step; None until the first `step` after `set_timesteps`."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Index of the first step, where a pipeline has set it."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Name the first step, so that `step` need not look its timestep up (which would wait for the device)."""
-        self._begin_index = begin_index
-
-    def _set_grid(self, sigmas: torch.Tensor, device: str | torch.device | None) -> None:
-        # sigmas stay on the CPU: as 0-dim CPU tensors they meet samples of any device without a synchronisation.
-        self.sigmas = torch.cat([sigmas.cpu(), torch.zeros(1, device="cpu")])
-        self.timesteps = (sigmas * self.config.num_train_timesteps).to(device)
-        self._step_index = self._begin_index = None
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: Sequence[float] | np.ndarray | torch.Tensor | None = None,
-    ) -> None:
-        """Set the grid σ₁..σₙ = linspace(1, sigma_last, n), shifted by `shift`, then 0; or the given `sigmas`, then 0.
-
-        Args:
-            num_inference_steps: n, the number of model calls.
-            device: where `timesteps` shall live.
-            sigmas: strictly decreasing values in (0, 1], used as they are.
-
-        Raises:
-            ValueError: fewer than one step, or `sigmas` that do not decrease within (0, 1].
-        """
-        if sigmas is None:
-            if num_inference_steps is None or num_inference_steps < 1:
-                raise ValueError(f"num_inference_steps is {num_inference_steps}; at least 1 is needed")
-            grid = torch.linspace(1.0, self.config.sigma_last, num_inference_steps, dtype=torch.float32, device="cpu")
-            shift = self.config.shift
-            grid = shift * grid / (1 + (shift - 1) * grid) if shift != 1 else grid
-        else:
-            grid = torch.as_tensor(sigmas, dtype=torch.float32, device="cpu")
-            if grid.ndim != 1 or len(grid) == 0 or grid[0] > 1 or grid[-1] <= 0 or bool((grid.diff() >= 0).any()):
-                raise ValueError(f"sigmas are {sigmas}; expected strictly decreasing values in (0, 1], without the 0")
-            if num_inference_steps is not None and num_inference_steps != len(grid):
-                raise ValueError(
-                    f"num_inference_steps is {num_inference_steps} but {len(grid)} sigmas were given; pass one of them"
-                )
-        self.num_inference_steps = len(grid)
-        self._set_grid(grid, device)
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """The model takes the sample as it is."""
-        return sample
-
-    def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
-        """Position of `timestep` in the grid.
-
-        Raises:
-            ValueError: the timestep is not in the grid.
-        """
-        if isinstance(timestep, torch.Tensor) and timestep.numel() != 1:
-            raise ValueError(f"timestep has shape {tuple(timestep.shape)}; a step has one for the whole batch")
-        distance = (self.timesteps - timestep).abs()
-        index = int(distance.argmin())
-        # float32 keeps about 7 digits: a timestep that went through another dtype or device is still found.
-        if distance[index] > 1e-5 * self.config.num_train_timesteps:
-            raise ValueError(
-                f"timestep {float(timestep)} is not on the grid; pass the values of scheduler.timesteps, "
-                "which set_timesteps makes"
-            )
-        return index
-
-    def step(
-        self,
-        model_output: torch.Tensor,
-        timestep: float | torch.Tensor,
-        sample: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        variance_noise: torch.Tensor | None = None,
-        return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[torch.Tensor]:
-        """One step, from the σ of `timestep` to the next one of the grid. The last step, to 0, adds no noise.
-
-        Args:
-            model_output: velocity v at (`sample`, `timestep`), any shape.
-            timestep: a value of `timesteps`; only the first of a run is looked up, and not even that one after
-                `set_begin_index`.
-            sample: x_σ, of the same shape; the result has its dtype, the arithmetic is at least float32.
-            generator: source of the step's noise, one or a list with one for each sample.
-            variance_noise: the step's standard normal noise, given instead of drawn.
-
-        Raises:
-            ValueError: the timestep is not on the grid, or the run has already reached σ = 0.
-        """
-        if self._step_index is None:
-            self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-        if self._step_index >= len(self.timesteps):
-            raise ValueError("the run has reached sigma 0; call set_timesteps before another one")
-        sigma, sigma_next = self.sigmas[self._step_index : self._step_index + 2].tolist()
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-
-        noise = None
-        if sigma_next > 0 and self.config.diffusion_scale > 0:
-            noise = variance_noise
-            if noise is None:
-                noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-            noise = noise.to(sample.device, dtype)
-        prev_sample = self._advance(model_output.to(dtype), sample.to(dtype), sigma, sigma_next, noise)
-
-        self._step_index += 1
-        prev_sample = prev_sample.to(sample.dtype)
-        if not return_dict:
-            return (prev_sample,)
-        return SchedulerOutput(prev_sample=prev_sample)
-
-    def scale_noise(self, sample: torch.Tensor, timestep: float | torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Noise clean samples to `timestep`, (1 - σ) x₀ + σ ε (Eq. 4); one timestep, or one for each sample `(B,)`."""
-        timestep = torch.as_tensor(timestep, device=sample.device, dtype=torch.float32)
-        sigma = (timestep / self.config.num_train_timesteps).reshape(-1, *[1] * (sample.ndim - 1))
-        return noise_latents(sample, noise, sigma).to(sample.dtype)
-
-    def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: float | torch.Tensor
-    ) -> torch.Tensor:
-        """`scale_noise` under the name and with the argument order of diffusers' other schedulers."""
-        return self.scale_noise(original_samples, timesteps, noise)
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps
+    def _adds_noise(self) -> bool:
+        return self.config.diffusion_scale > 0
