@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-from tiny import CHANNELS, SIDE, seeded, tiny_transformer
 from torch._dynamo.utils import counters
 
+from tests.tiny import CHANNELS, SIDE, seeded, tiny_transformer
 from transdiff_pipelines import (
     FlowMapScheduler,
     FlowMatchEulerMaruyamaScheduler,

@@ -5,6 +5,7 @@ from tests.tiny import tiny_vae
 from transdiff_pipelines.latents import (
     noise_latents,
     pack_latents,
+    renoise_latents,
     scale_latents,
     unpack_latents,
     unscale_latents,
@@ -32,6 +33,15 @@ def test_the_path_goes_from_the_latents_to_the_noise():
     assert torch.equal(noise_latents(latents, noise, 1.0), noise)
     sigma = torch.tensor([0.0, 1.0]).view(-1, 1, 1, 1)
     assert torch.equal(noise_latents(latents, noise, sigma), torch.stack([latents[0], noise[1]]))
+
+
+def test_noising_on_stays_on_the_path():
+    """The image's part is that of σ'; two independent noises add up to its variance."""
+    latents, noise, fresh = torch.randn(3, 2, 3, 4, 4, dtype=torch.float64)
+    further = renoise_latents(noise_latents(latents, noise, 0.3), fresh, 0.3, 0.8)
+    share = (1 - 0.8) / (1 - 0.3) * 0.3
+    torch.testing.assert_close(further, 0.2 * latents + share * noise + (0.8**2 - share**2) ** 0.5 * fresh)
+    torch.testing.assert_close(renoise_latents(latents, fresh, 0.0, 0.8), noise_latents(latents, fresh, 0.8))
 
 
 @pytest.mark.parametrize("shift", [{}, {"shift_factor": None}, {"shift_factor": 0.3}])

@@ -32,6 +32,15 @@ def noise_latents(latents: torch.Tensor, noise: torch.Tensor, sigma: Sigma) -> t
     return (1 - sigma) * latents + sigma * noise
 
 
+def renoise_latents(latents: torch.Tensor, noise: torch.Tensor, sigma: float, sigma_to: float) -> torch.Tensor:
+    """Latents of the path at σ to a larger σ': a x + sqrt(σ'² - a² σ²) ε with a = (1 - σ') / (1 - σ).
+
+    a x has the signal of x_σ', and fresh noise fills up to its σ'.
+    """
+    scale = (1 - sigma_to) / (1 - sigma)
+    return scale * latents + (sigma_to**2 - (scale * sigma) ** 2) ** 0.5 * noise
+
+
 def scale_latents(latents: torch.Tensor, vae_config: Mapping[str, Any]) -> torch.Tensor:
     """The VAE's latents in the units of the model; a VAE without a `shift_factor` has the shift 0."""
     return (latents - (vae_config.get("shift_factor") or 0.0)) * vae_config["scaling_factor"]

@@ -1,10 +1,9 @@
 """The sampler of flow maps: one model call for each interval of the time grid, however long it is."""
 
-import math
-
 import torch
 from diffusers.configuration_utils import register_to_config
 
+from ..latents import renoise_latents
 from .flow_match import FlowMatchScheduler
 
 
@@ -61,8 +60,4 @@ class FlowMapScheduler(FlowMatchScheduler):
     ) -> torch.Tensor:
         reached = (1 - self.config.renoise) * sigma_next
         x = x - (sigma - reached) * velocity
-        if noise is None:
-            return x
-        # x_s = (1 - s) x0 + s e; a x_s with a = (1 - r) / (1 - s) has the signal of x_r, and noise fills up to its r.
-        signal = (1 - sigma_next) / (1 - reached)
-        return signal * x + math.sqrt(sigma_next**2 - (signal * reached) ** 2) * noise
+        return x if noise is None else renoise_latents(x, noise, reached, sigma_next)
