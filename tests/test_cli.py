@@ -115,11 +115,37 @@ def test_sampling_options_reach_the_sampler(model: str) -> None:
 
 
 def test_one_guidance_for_each_image_of_the_sequence(model: str) -> None:
-    scales = [part for value in (1, 1.5, 2, 2.5) for part in ("--guidance-scale", value)]
-    result = generate(model, 0, *scales)
+    result = generate(model, 0, "--guidance-scale", "1,1.5,2,2.5")
     assert result.exit_code == 0, result.output
     assert "guidance [1.0, 1.5, 2.0, 2.5]" in result.stdout
-    assert_one_line_error(generate(model, 0, *scales[:4]), "2 values", "4 image")
+    assert_one_line_error(generate(model, 0, "--guidance-scale", "1,1.5"), "2 values", "4 image")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("0 --guidance-scale 1 2 3 4", ["2 3 4 after --guidance-scale 1", "--guidance-scale 1,2,3,4"]),
+        ("0 --guidance-scale=1 2 3 4", ["--guidance-scale 1,2,3,4"]),
+        ("--guidance-scale 1 2 3 4", ["--guidance-scale 1,2,3,4"]),
+        ("0 --guidance-scale 1, 2, 3", ["--guidance-scale 1,2,3"]),
+        ("0 --guidance-scale 1 --count 2 3 --guidance-scale 2 4", ["--guidance-scale 2,4"]),
+        ("0 --guidance-scale 1,a", ["--guidance-scale", "'1,a' is not a number"]),
+        ("0 --guidance-scale 1;2", ["--guidance-scale", "'1;2' is not a number"]),
+    ],
+)
+def test_a_list_of_scales_written_in_another_way_is_noticed(model: str, arguments: str, words: list[str]) -> None:
+    """Click took `0 --guidance-scale 1 2 3 4` for a guidance of 1 and four classes."""
+    result = generate(model, *arguments.split())
+    assert result.exit_code == 2
+    message = " ".join(result.stderr.split())
+    for word in words:
+        assert word in message
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("arguments", ["--guidance-scale 1.5 0", "--guidance-scale 1.5 -- 0 1", "0 1 -n 2"])
+def test_labels_may_follow_options(model: str, arguments: str) -> None:
+    assert generate(model, *arguments.split()).exit_code == 0
 
 
 def test_dtype(model: str) -> None:
@@ -135,6 +161,9 @@ def test_dtype(model: str) -> None:
         (["0", "5"], ["5 is outside 0..4"]),
         (["0", "--output", "out"], ["'out'", "out.png"]),
         (["0", "--output", "out.doc"], ["'out.doc'", "out.png"]),
+        (["0", "--output", "out.xbm"], ["'out.xbm'", "XBM", "in colour", "out.png"]),
+        (["0", "--no-grid", "--output", "{seed}.msp"], ["'{seed}.msp'", "MSP", "in colour"]),
+        (["0", "--output", f"{'a' * 250}.png"], ["cannot be written", "too long"]),
         (["0", "--output", "missing/out.png"], ["mkdir -p missing"]),
         (["0", "--output", "folder.png"], ["folder.png is a folder"]),
         (["0", "--output", "{label}.png"], ["add --no-grid"]),
@@ -163,6 +192,50 @@ def test_generate_errors_are_one_line_with_the_remedy(model: str, arguments: lis
     before = set(Path().iterdir())
     assert_one_line_error(generate(model, *arguments), *words)
     assert set(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize(("suffix", "count"), [("ico", 33), ("webp", 2048), ("jpg", 8192)])
+def test_a_grid_too_large_for_its_format_is_found_before_it_is_drawn(
+    model: str, monkeypatch: pytest.MonkeyPatch, suffix: str, count: int
+) -> None:
+    """Formats have limits of their own; an .ico above 256 pixels was shrunk without a word."""
+    monkeypatch.setattr(generation, "draw", lambda *_: pytest.fail("drawn before the format was tried"))
+    result = generate(model, 0, 1, "--count", count, "--output", f"out.{suffix}")
+    assert_one_line_error(result, f"'out.{suffix}'", f"{count * IMAGE_SIDE} x {2 * IMAGE_SIDE} pixels", "fewer images")
+    assert not list(Path().iterdir())
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_model_is_loaded(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(self: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", denied)
+    monkeypatch.setattr(generation, "load_pipeline", lambda *_: pytest.fail("loaded first"))
+    for output in (["out.png"], ["folder", "--no-grid"], ["{label}.png", "--no-grid"]):
+        result = generate(model, 0, "--output", *output)
+        assert_one_line_error(result, "cannot be written: Permission denied", "name another place")
+
+
+def test_paths_begin_at_home_where_no_shell_says_so(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert generate(model, 0, "--output=~/out.png").exit_code == 0
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["out.png"]
+    again = run("generate", "--from=~/out.png", "--device", "cpu", "--output=~/again.png")
+    assert again.exit_code == 0, again.output
+
+
+def test_a_training_run_is_named_by_its_folder(model: str, tmp_path: Path) -> None:
+    (tmp_path / "outputs").mkdir()
+    Path("outputs/run").mkdir()
+    Path("outputs/run/pipeline").symlink_to(model)
+    assert generate("outputs/run", 0, "--output", "run.png").exit_code == 0
+    assert run("info", "outputs/run").stdout.startswith("outputs/run/pipeline: TransDiffPipeline")
+    assert_one_line_error(generate("outputs", 0), "outputs is a folder without model_index.json", "pipeline/")
 
 
 def test_debug_shows_where_an_error_comes_from(model: str) -> None:
@@ -200,8 +273,12 @@ def test_wrong_usage_exits_with_2(arguments: list[object]) -> None:
 
 
 def test_interrupted_writing_leaves_the_file_that_was_there(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half_written(self: Image.Image, path: Path, **options: object) -> None:
-        path.write_bytes(b"half")
+    save = Image.Image.save
+
+    def half_written(self: Image.Image, file: object, **options: object) -> None:
+        if not isinstance(file, Path):  # the format is tried in memory
+            return save(self, file, **options)
+        file.write_bytes(b"half")
         raise KeyboardInterrupt
 
     Path("out.png").write_bytes(b"old")
@@ -236,7 +313,7 @@ def test_each_single_file_is_drawn_again_to_the_bit(model: str) -> None:
 
 
 def test_a_grid_is_drawn_again_to_the_bit_with_every_setting(model: str) -> None:
-    scales = [part for value in (1, 1.5, 2, 2.5) for part in ("--guidance-scale", value)]
+    scales = ["--guidance-scale", "1,1.5,2,2.5"]
     sampler = ["--scheduler", "sde-multistep", "--drift-scale", 0.8, "--diffusion-scale", 0.7]
     options = [*scales, *sampler, "-n", 3, "--seed", 5, "--dtype", "bfloat16", "--batch-size", 2]
     assert generate(model, "goldfish", 4, *options, "--output", "out.png").exit_code == 0
@@ -294,6 +371,9 @@ def test_from_says_what_it_will_do_and_which_version_drew(model: str) -> None:
     assert "version 0.0.1" in result.stderr
     assert f"transdiff generate 0 --model {model}" in result.stderr
 
+    result = run("generate", 2, "goldfish", "--from", "old.png", "--device", "cpu")
+    assert f"transdiff generate 2 goldfish --model {model}" in result.stderr  # the labels that are drawn
+
 
 def test_other_formats_keep_no_settings_and_say_so(model: str) -> None:
     result = generate(model, 0, "--output", "out.webp")
@@ -316,11 +396,11 @@ def test_compile_asks_for_compiled_blocks_of_both_models(model: str, monkeypatch
 def test_interrupted_single_files_are_whole(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     save = Image.Image.save
 
-    def interrupted_at_the_third(self: Image.Image, path: Path, **options: object) -> None:
-        if len(list(Path().glob("*.png"))) == 2:
-            path.write_bytes(b"half")
+    def interrupted_at_the_third(self: Image.Image, file: object, **options: object) -> None:
+        if isinstance(file, Path) and len(list(Path().glob("*.png"))) == 2:
+            file.write_bytes(b"half")
             raise KeyboardInterrupt
-        save(self, path, **options)
+        save(self, file, **options)
 
     monkeypatch.setattr(Image.Image, "save", interrupted_at_the_third)
     assert generate(model, 0, "-n", 4, "--no-grid").exit_code == 130

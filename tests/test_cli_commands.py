@@ -1,6 +1,7 @@
 """The `transdiff` command as a whole, and its subcommands info, demo, train and evaluate."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -84,6 +85,20 @@ def test_errors_of_a_process_of_its_own() -> None:
     # libraries may warn before
     assert done.stderr.splitlines()[-1].startswith("error: model ./missing does not exist")
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["generate", "3", "--steps", "1"]])
+@pytest.mark.usefixtures("_in_empty_folder")
+def test_a_reader_that_leaves_is_no_error(arguments: list[str]) -> None:
+    """As in `transdiff info | head -1`; here the reader is gone before the first line."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "transdiff_cli", *arguments]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 0, done.stderr
+    assert "roken pipe" not in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_installed_command_is_this_one() -> None:
@@ -183,6 +198,7 @@ def test_evaluate_prints_a_command_that_training_understands(monkeypatch: pytest
     assert launcher == ["accelerate", "launch", "-m", "training.evaluate"]
     options = parse(arguments)
     assert (options.model, options.reference, options.num_images) == ("models/my model", "ref.npz", 100)
+    assert options.extractor == "torch-fidelity"  # without one nothing would be measured
     assert options.output == Path("eval/my model")
 
 

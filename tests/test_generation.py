@@ -48,7 +48,7 @@ def test_command_line_is_quoted_for_a_shell() -> None:
     words = shlex.split(SETTINGS.command_line())
     assert words[:4] == ["transdiff", "generate", "4", "1"]
     assert words[words.index("--model") + 1] == "some folder/it's"
-    assert [words[i + 1] for i, word in enumerate(words) if word == "--guidance-scale"] == ["1.0", "1.5", "2.0", "2.5"]
+    assert [words[i + 1] for i, word in enumerate(words) if word == "--guidance-scale"] == ["1.0,1.5,2.0,2.5"]
     assert words[words.index("--diffusion-scale") + 1] == "0.0"
 
 
@@ -122,6 +122,16 @@ def test_values_of_a_stranger_are_checked(tmp_path: Path, name: str, value: obje
     with pytest.raises(ValueError, match=rf"settings in .*image\.png are wrong: .*({name}|images)") as error:
         GenerationSettings.from_image(path)
     assert len(str(error.value)) < 300 + len(str(path))
+
+
+def test_a_picture_above_pillows_limit_keeps_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the text is read: 20,000 images of 32 pixels in one grid are more than Pillow wants to open."""
+    settings = GenerationSettings(labels=(3,), count=4)
+    Image.new("RGB", (64, 64)).save(tmp_path / "large.png", pnginfo=settings.png_info())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(tmp_path / "large.png")
+    assert GenerationSettings.from_image(tmp_path / "large.png") == settings
 
 
 def test_files_that_are_no_png(tmp_path: Path) -> None:

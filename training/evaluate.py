@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ import torch
 
 from training.digits.export import new_file
 from training.distributed.processes import process_state
-from training.evaluation.features import ExtractorError, load_extractor
-from training.evaluation.measure import measure
-from training.evaluation.references import ReferenceImagesError, load_reference
+from training.evaluation.features import Extractor, ExtractorError, load_extractor, try_extractor
+from training.evaluation.measure import TITLES, measure
+from training.evaluation.references import Reference, ReferenceImagesError, check_fits, load_reference
 from training.evaluation.report import write_report
 from training.evaluation.sampling import (
     LABEL_MODES,
@@ -35,19 +36,61 @@ from training.evaluation.sampling import (
     write_npz,
 )
 from training.evaluation.search import SEARCHED, parse_axis, plot_search
+from transdiff_cli.common import parse_scales, reader_may_leave
 from transdiff_pipelines import TransDiffPipeline
+from transdiff_pipelines.generation import model_source
 from transdiff_pipelines.loaders.original_checkpoint import match_published
 
 
-ERRORS = (SamplingError, ExtractorError, ReferenceImagesError)
+ERRORS = (SamplingError, ExtractorError, ReferenceImagesError, OSError)
 SCALES = ("drift_scale", "diffusion_scale")
 
 
 def load_pipeline(options: argparse.Namespace, device: torch.device) -> TransDiffPipeline:
-    """The model to evaluate, on this process's device."""
-    pipe = TransDiffPipeline.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    """The model to evaluate, on this process's device.
+
+    Raises:
+        SamplingError: there is none, or it cannot be loaded.
+    """
+    try:
+        pipe = TransDiffPipeline.from_pretrained(model_source(options.model), dtype=getattr(torch, options.dtype))
+    except (OSError, ValueError) as error:
+        raise SamplingError(str(error)) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+@dataclass
+class Measures:
+    """What samples are measured with, loaded and tried before the first is drawn; without an extractor nothing is."""
+
+    extractor: Extractor | None = None
+    reference: Reference | None = None
+
+
+def load_measures(pipe: TransDiffPipeline, options: argparse.Namespace, device: torch.device) -> Measures:
+    """The extractor and the reference that the options name.
+
+    Raises:
+        ExtractorError, ReferenceImagesError: one cannot be used, or the two do not fit together.
+    """
+    if options.extractor is None:
+        if options.reference is not None:
+            raise ExtractorError(
+                f"reference {options.reference} was given, but no extractor of features to compare: add --extractor "
+                "torch-fidelity (Inception-v3), or another of --help"
+            )
+        return Measures()
+    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    with torch.no_grad():
+        extractor = load_extractor(options.extractor, options.extractor_weights, device)
+        features = try_extractor(options.extractor, extractor, side)
+        if options.reference is None:
+            return Measures(extractor)
+        cache = options.reference_cache
+        reference = load_reference(options.reference, extractor, options.extractor, side, cache)
+        check_fits(reference, options.reference, features, options.extractor)
+    return Measures(extractor, reference)
 
 
 def sampling_settings(pipe: TransDiffPipeline, options: argparse.Namespace) -> dict[str, Any]:
@@ -86,7 +129,9 @@ def set_scales(pipe: TransDiffPipeline, settings: dict[str, Any]) -> None:
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **scales)
 
 
-def evaluate(pipe: TransDiffPipeline, options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
+def evaluate(
+    pipe: TransDiffPipeline, options: argparse.Namespace, folder: Path, measures: Measures
+) -> dict[str, Any] | None:
     """Sample into `folder` and measure there; the result on the main process, None on the others.
 
     A result that is there is returned as it is.
@@ -117,7 +162,12 @@ def evaluate(pipe: TransDiffPipeline, options: argparse.Namespace, folder: Path)
     if options.npz:
         write_npz(paths, folder / f"samples_{options.num_images}.npz")
     result["seconds_per_image"] = seconds / made if made else (previous or {}).get("seconds_per_image")
-    result |= _measure(paths, pipe, options, state.device)
+    if measures.extractor is None:
+        reason = "no feature extractor was chosen (--extractor)"
+        result |= {"metrics": {}, "not_computed": {"all": reason}, "notes": []}
+    else:
+        with torch.no_grad():
+            result |= measure(paths, measures.extractor, measures.reference)
     write_report(result, paths, folder)
     return result
 
@@ -131,23 +181,7 @@ def _finished(path: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
     return result if expected.items() <= result.items() else None
 
 
-def _measure(
-    paths: list[Path], pipe: TransDiffPipeline, options: argparse.Namespace, device: torch.device
-) -> dict[str, Any]:
-    if options.extractor is None:
-        reason = "no feature extractor was chosen (--extractor)"
-        return {"metrics": {}, "not_computed": {"all": reason}, "notes": []}
-    extractor = load_extractor(options.extractor, options.extractor_weights, device)
-    reference = None
-    if options.reference is not None:
-        side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
-        cache = options.reference_cache
-        reference = load_reference(options.reference, extractor, options.extractor, side, cache)
-    with torch.no_grad():
-        return measure(paths, extractor, reference)
-
-
-def search(pipe: TransDiffPipeline, options: argparse.Namespace) -> list[dict[str, Any]] | None:
+def search(pipe: TransDiffPipeline, options: argparse.Namespace, measures: Measures) -> list[dict[str, Any]] | None:
     """Evaluate every combination of the searched values; what is finished is not done again."""
     axes = dict(options.search)
     results = []
@@ -155,7 +189,7 @@ def search(pipe: TransDiffPipeline, options: argparse.Namespace) -> list[dict[st
         point = dict(zip(axes, values, strict=True))
         name = "_".join(f"{axis}-{value:g}" for axis, value in point.items())
         chosen = argparse.Namespace(**{**vars(options), **point})
-        results.append(evaluate(pipe, chosen, options.output / name))
+        results.append(evaluate(pipe, chosen, options.output / name, measures))
     if not process_state().is_main_process:
         return None
     rows = [{"sampling": result["sampling"], "metrics": result["metrics"]} for result in results if result]
@@ -179,33 +213,57 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="training.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="folder or Hub repository of a TransDiffPipeline")
-    parser.add_argument("--output", type=Path, required=True, help="folder for images and results")
-    parser.add_argument("--num-images", type=int, default=50_000)
+    parser.add_argument("--output", type=path, required=True, help="folder for images and results")
+    parser.add_argument("--num-images", type=positive, default=50_000)
     parser.add_argument("--labels", choices=LABEL_MODES, default="balanced", help="as many of each class, or drawn")
     parser.add_argument("--seed", type=int, default=0, help="with an image's index it decides the image")
-    parser.add_argument("--batch-size", type=int, default=64, help="images a process makes at once")
+    parser.add_argument("--batch-size", type=positive, default=64, help="images a process makes at once")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     sampling = parser.add_argument_group("sampling; the checkpoint's own settings by default")
     sampling.add_argument("--settings", choices=("checkpoint", "published"), default="checkpoint")
     sampling.add_argument("--preset", help="published model whose settings to take, where sizes do not tell")
-    sampling.add_argument("--guidance-scale", type=float, help="1 is without guidance")
+    sampling.add_argument(
+        "--guidance-scale",
+        type=guidance,
+        metavar="SCALE[,SCALE...]",
+        help="1 is without guidance; one for each image of an MRAR sequence: 1,2,2,3",
+    )
     sampling.add_argument("--drift-scale", type=float)
     sampling.add_argument("--diffusion-scale", type=float)
-    sampling.add_argument("--num-inference-steps", type=int, default=100)
-    sampling.add_argument("--num-ar-steps", type=int, help="MRAR: stop after this image of the sequence")
+    sampling.add_argument("--num-inference-steps", type=positive, default=100)
+    sampling.add_argument("--num-ar-steps", type=positive, help="MRAR: stop after this image of the sequence")
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--extractor", help="torch-fidelity, torchscript, pixels or module:function")
-    measuring.add_argument("--extractor-weights", type=Path, help="local weights of the extractor")
+    measuring.add_argument("--extractor-weights", type=path, help="local weights of the extractor")
     measuring.add_argument("--reference", help=".npz (ADM batch, statistics, images), folder, or hf:NAME[:SPLIT]")
-    measuring.add_argument(
-        "--reference-cache", type=Path, default=Path("~/.cache/transdiff_pipelines").expanduser(), help="folder"
-    )
+    measuring.add_argument("--reference-cache", type=path, default=path("~/.cache/transdiff_pipelines"), help="folder")
     measuring.add_argument("--npz", action="store_true", help="also write all images as one ADM .npz")
     measuring.add_argument(
         "--search", type=parse_axis, action="append", metavar="NAME=V,V,...", help=f"grid over {', '.join(SEARCHED)}"
     )
-    measuring.add_argument("--metric", default="fid", help="what the heat map of a search shows")
+    measuring.add_argument("--metric", choices=list(TITLES), default="fid", help="what the heat map of a search shows")
     return parser.parse_args(arguments)
+
+
+def path(text: str) -> Path:
+    """A path, `~` expanded."""
+    return Path(text).expanduser()
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def guidance(text: str) -> float | list[float]:
+    """One number, or one for each image of a sequence."""
+    try:
+        scales = parse_scales(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return scales[0] if len(scales) == 1 else scales
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -214,14 +272,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state = process_state()
     try:
         pipe = load_pipeline(options, state.device)
+        measures = load_measures(pipe, options, state.device) if state.is_main_process else Measures()
         if options.search:
-            search(pipe, options)
+            search(pipe, options, measures)
             return
-        result = evaluate(pipe, options, options.output)
+        result = evaluate(pipe, options, options.output, measures)
     except ERRORS as error:
         sys.exit(f"error: {error}")
     if result is not None:
-        print(summary(result))
+        with reader_may_leave():
+            print(summary(result))
 
 
 if __name__ == "__main__":

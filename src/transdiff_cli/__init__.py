@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from .common import Command, reader_may_leave
 from .convert import convert
 from .demo import demo
 from .generate import generate
@@ -27,12 +28,13 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (generate, info, demo, convert, train, evaluate):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 def main() -> None:
     """Entry point of the `transdiff` command."""
-    app()
+    with reader_may_leave():
+        app()
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,21 +1,82 @@
-"""What the subcommands share: options, errors in one line, settings in words."""
+"""What the subcommands share: options, lists of numbers, errors in one line, settings in words."""
 
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 
 DType = Literal["float32", "bfloat16", "float16"]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+class Command(TyperCommand):
+    """A subcommand whose options mean what they look like."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse, but for several values after an option that takes one at a time.
+
+        `generate 3 --guidance-scale 1 2 3 4` would be a guidance of 1 and the classes 3, 2, 3, 4.
+        """
+        repeatable = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
+        groups = self._arguments_by_place(args)
+        for (name, value), arguments in groups:
+            looks_like_a_list = len(arguments) > 1 and all(map(_is_number, arguments))
+            if name in repeatable and (looks_like_a_list or len(groups) > 1):
+                values = ",".join(part.strip(",") for part in (value, *arguments))
+                ctx.fail(
+                    f"{' '.join(arguments)} after {name} {value} would be arguments of their own, not values of the "
+                    f"option. Write several values with commas, {name} {values}, and the arguments together, before "
+                    "the options"
+                )
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run, with `~` expanded in paths: no shell does that in `--output=~/name`."""
+        ctx.params = {
+            name: value.expanduser() if isinstance(value, Path) else value for name, value in ctx.params.items()
+        }
+        return super().invoke(ctx)
+
+    def _arguments_by_place(self, args: list[str]) -> list[tuple[tuple[str, str], list[str]]]:
+        """Arguments that are no option's, grouped by the option and value they follow; by "" first and after `--`."""
+        takes_value = {
+            name: not getattr(parameter, "is_flag", False)
+            for parameter in self.params
+            for name in (*parameter.opts, *parameter.secondary_opts)
+        }
+        option, places, rest = ("", ""), [], iter(args)
+        for argument in rest:
+            name, equals, value = argument.partition("=")
+            if argument == "--":
+                places += [(("", ""), left) for left in rest]
+            elif name in takes_value:
+                option = (name, value if equals or not takes_value[name] else next(rest, ""))
+            else:
+                places.append((option, argument))
+        return [(place, [argument for _, argument in group]) for place, group in groupby(places, lambda pair: pair[0])]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 @contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
     """Print an exception as one line and exit with 1; with `debug` let it through."""
     try:
-        yield
+        with reader_may_leave():
+            yield
     except Exception as error:
         if debug:
             raise
@@ -25,6 +86,34 @@ def one_line_errors(debug: bool) -> Iterator[None]:
             message = f"{type(error).__name__}: {message} (--debug shows the traceback)"
         typer.echo(f"error: {message}", err=True)
         raise typer.Exit(1) from error
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """End with status 0 when the program that reads this one's output has closed it, as in `transdiff info | head -1`.
+
+    Without this Python reports the closed pipe as an error, and once more when it flushes at the end.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+def parse_scales(text: str) -> list[float]:
+    """Numbers of a list such as `1,1.5,2`, or the one number that there is.
+
+    Raises:
+        ValueError: something in the list is no number.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"{text!r} is not a number, nor numbers with commas between them such as 1,1.5,2,2.5"
+        ) from error
 
 
 def scales_in_words(

@@ -1,5 +1,6 @@
 """Where `generate` writes: names checked before the work, files that appear whole."""
 
+import io
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ def output_name(output: Path | None, grid: bool) -> Path:
     if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         example = f"name it {output.stem}.png, for example" + ("; or --no-grid for a folder" if grid else "")
         raise ValueError(f"output {str(output)!r} has no suffix of an image format; {example}")
+    check_format(output)
     if output.is_dir():
         raise IsADirectoryError(f"output {output} is a folder; name a file in it, or add --no-grid for single files")
     return output if _FIELD.search(str(output.parent)) else _existing_parent(output)
@@ -66,6 +68,29 @@ def single_files(pattern: Path, settings: "GenerationSettings") -> list[Path]:
     for folder in {path.parent for path in paths} - {pattern.parent}:
         _existing_parent(folder / pattern.name)
     return paths
+
+
+def check_format(path: Path, width: int = 16, height: int = 16) -> None:
+    """Encode an empty image in memory and look whether it comes out whole; of a large one a row and a column.
+
+    Raises:
+        ValueError: the format, named by the suffix, has no colours, cannot be written here or is not that large.
+    """
+    file_format = Image.registered_extensions()[path.suffix.lower()]
+    small = max(width, height) <= 256
+    for size in [(width, height)] if small else [(width, 1), (1, height)]:
+        encoded = io.BytesIO()
+        try:
+            Image.new("RGB", size).save(encoded, format=file_format)
+            written = Image.open(encoded).size if file_format in Image.OPEN else size
+            reason = None if written == size else f"it makes {written[0]} x {written[1]} of {size[0]} x {size[1]}"
+        except Exception as error:  # each format has its own way to say no
+            reason = str(error) or type(error).__name__
+        if reason is not None:
+            raise ValueError(
+                f"output {str(path)!r}: a {file_format} file cannot hold {width} x {height} pixels in colour here "
+                f"({reason}); name it {path.stem}.png" + ("" if small else ", or draw fewer images into one file")
+            )
 
 
 def save_image(image: Image.Image, path: Path, settings: "GenerationSettings") -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .common import Debug, DType, one_line_errors, scales_in_words
-from .files import keeps_settings, output_name, save_image, single_files
+from .common import Debug, DType, one_line_errors, parse_scales, scales_in_words
+from .files import check_format, keeps_settings, output_name, save_image, single_files
 
 
 if TYPE_CHECKING:
@@ -64,10 +64,11 @@ def generate(
         typer.Option(min=0, help="Image i is drawn with seed + i, whatever the batch size.", show_default="0"),
     ] = None,
     guidance_scale: Annotated[
-        list[float] | None,
+        list[str] | None,
         typer.Option(
-            help="Classifier-free guidance; 1 is none. Given several times: one for each image of an MRAR sequence.",
+            help="Classifier-free guidance; 1 is none. One for each image of an MRAR sequence: 1,2,2,3.",
             show_default="the model's recommendation",
+            metavar="SCALE[,SCALE...]",
         ),
     ] = None,
     steps: Annotated[
@@ -121,14 +122,18 @@ def generate(
       transdiff generate --from out.png --seed 100 --output others.png
       transdiff generate goldfish "tiger cat" 207 --model FOLDER --guidance-scale 1.5 --compile
     """
+    guidance = _guidance(guidance_scale)
     with one_line_errors(debug):
         started = perf_counter()
+        from transdiff_pipelines.files import check_writable
+
         name = output_name(output, grid)
+        check_writable(name)
         given = {
             "model": model,
             "count": count,
             "seed": seed,
-            "guidance_scale": _guidance(guidance_scale),
+            "guidance_scale": guidance,
             "num_inference_steps": steps,
             "scheduler": scheduler,
             "drift_scale": drift_scale,
@@ -136,11 +141,13 @@ def generate(
             "dtype": dtype,
             "batch_size": batch_size,
         }
-        settings = _settings({key: value for key, value in given.items() if value is not None}, from_image, grid)
+        given = {key: value for key, value in given.items() if value is not None}
+        settings = _settings(given, labels, from_image, grid)
         pipe = _load(settings, device, compile_blocks)
         if labels or from_image is None:
             settings = replace(settings, labels=_label_ids(pipe, labels))
         settings = settings.resolved(pipe)
+        check_format(name, *_file_size(pipe, settings, grid))
         loaded = perf_counter()
         written = _draw_grid(pipe, settings, name) if grid else _draw_files(pipe, settings, name)
         finished = perf_counter()
@@ -154,14 +161,20 @@ def generate(
             typer.echo(f"  only a PNG keeps its settings; again: {settings.command_line()}")
 
 
-def _guidance(values: Sequence[float] | None) -> float | tuple[float, ...] | None:
+def _guidance(values: Sequence[str] | None) -> float | tuple[float, ...] | None:
     """One value stands for the whole sequence, several for its images one by one."""
     if not values:
         return None
-    return values[0] if len(values) == 1 else tuple(values)
+    try:
+        scales = parse_scales(",".join(values))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--guidance-scale") from error
+    return scales[0] if len(scales) == 1 else tuple(scales)
 
 
-def _settings(given: dict[str, Any], from_image: Path | None, grid: bool) -> "GenerationSettings":
+def _settings(
+    given: dict[str, Any], labels: Sequence[str] | None, from_image: Path | None, grid: bool
+) -> "GenerationSettings":
     """The given settings, over those of an image if there is one; its labels stand until others are known."""
     from transdiff_pipelines import __version__
     from transdiff_pipelines.generation import SDE_SAMPLERS, GenerationSettings
@@ -175,7 +188,7 @@ def _settings(given: dict[str, Any], from_image: Path | None, grid: bool) -> "Ge
         stored = replace(stored, drift_scale=None, diffusion_scale=None)
     settings = replace(stored, version=__version__, **given)
     # The image names a model, which may be one to download: say so before that happens.
-    typer.echo(f"{from_image}: {settings.command_line()}", err=True)
+    typer.echo(f"{from_image}: {settings.command_line(labels)}", err=True)
     return settings
 
 
@@ -207,6 +220,15 @@ def _label_ids(pipe: "TransDiffPipeline", labels: Sequence[str] | None) -> tuple
     return tuple(range(num_classes))
 
 
+def _file_size(pipe: "TransDiffPipeline", settings: "GenerationSettings", grid: bool) -> tuple[int, int]:
+    """Width and height in pixels of each file that will be written."""
+    from transdiff_pipelines.generation import grid_shape
+
+    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    rows, columns = grid_shape(settings.num_images, settings.count) if grid else (1, 1)
+    return columns * side, rows * side
+
+
 def _draw_grid(pipe: "TransDiffPipeline", settings: "GenerationSettings", path: Path) -> list[Path]:
     from transdiff_pipelines.generation import draw, image_grid
 
@@ -216,9 +238,12 @@ def _draw_grid(pipe: "TransDiffPipeline", settings: "GenerationSettings", path: 
 
 def _draw_files(pipe: "TransDiffPipeline", settings: "GenerationSettings", pattern: Path) -> list[Path]:
     """Each image is written as soon as it is drawn: what an interruption leaves is whole."""
+    from transdiff_pipelines.files import check_writable
     from transdiff_pipelines.generation import draw
 
     paths = single_files(pattern, settings)
+    for path in paths:
+        check_writable(path)
     for number, image in enumerate(draw(pipe, settings)):
         paths[number].parent.mkdir(exist_ok=True)
         save_image(image, paths[number], settings.image(number))

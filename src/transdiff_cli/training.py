@@ -56,22 +56,28 @@ def evaluate(
         str | None,
         typer.Option(help="Real images: ADM's .npz, statistics, a folder, or hf:NAME.", show_default=False),
     ] = None,
+    extractor: Annotated[
+        str,
+        typer.Option(help="What is compared: torch-fidelity or torchscript (Inception-v3), pixels, module:function."),
+    ] = "torch-fidelity",
     num_images: Annotated[int, typer.Option("--num-images", min=1, help="Images to draw and measure.")] = 50_000,
     debug: Debug = False,
 ) -> None:
     """Print the command that measures a model.
 
     FID, sFID, Inception Score, precision and recall; without a reference, what needs none. To be called in a
-    checkout of the repository, where the evaluation code is.
+    checkout of the repository, where the evaluation code is. The features are Inception's unless you choose others:
+    pip install -e ".[eval]".
 
     \b
     Examples:
       transdiff evaluate transdiff-l --reference VIRTUAL_imagenet256_labeled.npz
+      transdiff evaluate outputs/digits_mrar --extractor pixels --reference datasets/digits/test --num-images 1000
       transdiff evaluate transdiff-l --reference images/val --num-images 10000 | sh
     """
     with one_line_errors(debug):
         _check_checkout("training/evaluate.py")
-        options = ["--model", model, "--num-images", str(num_images)]
+        options = ["--model", model, "--num-images", str(num_images), "--extractor", extractor]
         if reference is not None:
             options += ["--reference", reference]
         output = f"eval/{Path(model).name}"

@@ -16,12 +16,34 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = _temporary(path)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Make an empty temporary file where `new_file` would and remove it: what stops that would stop the real one.
+
+    Worth asking before long work. Where the folder does not exist yet, the nearest one above it is tried.
+
+    Raises:
+        OSError: no permission, a name too long, a read-only disk; the message names the path.
+    """
+    path = Path(path)
+    folder = next(parent for parent in path.parents if parent.exists())
+    probe = _temporary(folder / path.name)
+    try:
+        probe.touch()
+    except OSError as error:
+        raise type(error)(f"output {path} cannot be written: {error.strerror}; name another place") from error
+    probe.unlink()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 @contextmanager

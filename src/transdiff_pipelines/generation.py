@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import shlex
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -18,9 +19,10 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import make_image_grid
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 from . import DIGITS, __version__
+from .loaders.original_repository import explain_original_repository
 from .pipelines import TransDiffPipeline
 
 
@@ -177,14 +179,19 @@ class GenerationSettings:
         except (TypeError, ValueError) as error:
             raise ValueError(f"the settings in {name} are wrong: {error}") from error
 
-    def command_line(self) -> str:
-        """The `transdiff generate` command that draws this, quoted for a POSIX shell."""
-        scales = self.guidance_scale if isinstance(self.guidance_scale, tuple) else (self.guidance_scale,)
+    def command_line(self, labels: Sequence[str] | None = None) -> str:
+        """The `transdiff generate` command that draws this, quoted for a POSIX shell.
+
+        Args:
+            labels: as the user wrote them, in place of the class ids of these settings.
+        """
+        scales = self.guidance_scale
+        guidance = ",".join(map(str, scales)) if isinstance(scales, tuple) else scales
         options: list[tuple[str, Any]] = [
             ("--model", self.model),
             ("--count", None if self.count == 1 else self.count),
             ("--seed", self.seed),
-            *(("--guidance-scale", scale) for scale in scales),
+            ("--guidance-scale", guidance),
             ("--num-inference-steps", self.num_inference_steps),
             ("--scheduler", self.scheduler),
             ("--drift-scale", self.drift_scale),
@@ -193,16 +200,17 @@ class GenerationSettings:
             ("--batch-size", self.batch_size if self.num_images > 1 else None),
         ]
         given = [part for option, value in options if value is not None for part in (option, str(value))]
-        return shlex.join(["transdiff", "generate", *map(str, self.labels), *given])
+        return shlex.join(["transdiff", "generate", *map(str, labels or self.labels), *given])
 
 
 def _png_text(path: str | os.PathLike[str]) -> str | None:
     """The settings as they stand in a PNG file; its pixels are not decoded."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        # Not by `Image.open`, which refuses pictures above a number of pixels: a large grid would have no settings.
+        with PngImagePlugin.PngImageFile(path) as image:
             return image.info.get(PNG_KEY)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not a PNG; only PNGs carry settings") from error
+    except (SyntaxError, ValueError, struct.error) as error:
+        raise ValueError(f"{path} is not a PNG, or a damaged one; only PNGs carry settings") from error
 
 
 def _check(right: bool, name: str, value: object, expected: str) -> None:
@@ -283,12 +291,17 @@ def draw(
 
 def image_grid(images: Sequence[Image.Image], count: int) -> Image.Image:
     """All images in one, `count` of each label: a row for each label, or as square as one row or column allows."""
-    number = len(images)
+    rows, columns = grid_shape(len(images), count)
+    return make_image_grid(list(images), rows=rows, cols=columns)
+
+
+def grid_shape(number: int, count: int) -> tuple[int, int]:
+    """Rows and columns of a grid of `number` images, `count` of each label."""
     if 1 < count < number:
         columns = count
     else:  # the smallest divisor that makes the grid at least as wide as high
         columns = next(n for n in range(1, number + 1) if number % n == 0 and n * n >= number)
-    return make_image_grid(list(images), rows=number // columns, cols=columns)
+    return number // columns, columns
 
 
 def load_pipeline(model: str | None = None, dtype: str = "float32", device: str | None = None) -> TransDiffPipeline:
@@ -311,9 +324,19 @@ def model_source(model: str | None) -> str:
             f"model {model} is a file; expected a pipeline's folder. A released checkpoint is converted first: "
             f"transdiff convert {shlex.quote(model)} --vae VAE.pth --output FOLDER"
         )
-    if not Path(model).exists() and not _is_repository_name(model):
+    folder = Path(model).expanduser()
+    if not folder.exists():
+        if _is_repository_name(model):
+            return model
         raise FileNotFoundError(f"model {model} does not exist; expected a pipeline's folder or a Hub OWNER/NAME")
-    return model
+    for place in (folder, folder / "pipeline"):  # a training run leaves its pipeline in a folder of that name
+        if (place / "model_index.json").is_file():
+            return str(place)
+    raise FileNotFoundError(
+        explain_original_repository(folder)
+        or f"model {model} is a folder without model_index.json; expected one that save_pretrained wrote, or a "
+        "finished training run, which has one in its folder pipeline/"
+    )
 
 
 def _is_repository_name(model: str) -> bool:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,14 @@ from tiny import tiny_pipeline
 
 from training import evaluate as command
 from training.evaluation import references as reference_module
-from training.evaluation.features import EXTRACTORS, ExtractorError, Features, load_extractor, register_extractor
+from training.evaluation.features import (
+    EXTRACTORS,
+    ExtractorError,
+    Features,
+    load_extractor,
+    register_extractor,
+    try_extractor,
+)
 from training.evaluation.measure import measure
 from training.evaluation.metrics import (
     InceptionScore,
@@ -25,7 +31,7 @@ from training.evaluation.metrics import (
     frechet_distance,
     precision_recall,
 )
-from training.evaluation.references import Reference, ReferenceImagesError, load_reference
+from training.evaluation.references import Reference, ReferenceImagesError, check_fits, load_reference
 from training.evaluation.sampling import (
     SamplingError,
     check_settings,
@@ -81,6 +87,12 @@ def write_pictures(folder, count, side=8, seed=0):
     for path, image in zip(paths, pixels, strict=True):
         Image.fromarray(image).save(path)
     return paths
+
+
+def cut_off(path):
+    """Half of an archive with images."""
+    np.savez(path, arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    path.write_bytes(path.read_bytes()[:500])
 
 
 def normal(count, width, seed, shift=0.0):
@@ -281,6 +293,12 @@ class TestReferences:
             (lambda path: path.mkdir(), "holds no images"),
             (lambda path: np.savez(path.open("wb"), other=np.zeros(1)), r"holds \['other'\]; expected mu and sigma"),
             (lambda path: np.savez(path.open("wb"), arr_0=np.zeros((2, 3))), "expected uint8"),
+            (lambda path: path.write_text("no archive"), r"reference\.npz is no whole \.npz file"),
+            (lambda path: path.touch(), r"reference\.npz is no whole \.npz file"),
+            (lambda path: np.save(path.open("wb"), np.zeros(3)), "one array without a name"),
+            (lambda path: np.savez(path.open("wb"), mu=np.array([{}])), r"holds \['mu'\]"),
+            (lambda path: np.savez(path.open("wb"), mu=np.array([{}]), sigma=np.eye(6)), "Object arrays"),
+            (lambda path: cut_off(path), r"reference\.npz is no whole \.npz file"),
         ],
     )
     def test_errors(self, tmp_path, make, message):
@@ -288,6 +306,39 @@ class TestReferences:
         make(path)
         with pytest.raises(ReferenceImagesError, match=message):
             load_reference(str(path), small_extractor(None, CPU), "small", 8, tmp_path)
+
+    def test_one_broken_picture_is_named(self, tmp_path):
+        write_pictures(tmp_path / "real", 3)
+        (tmp_path / "real" / "001.png").write_bytes((tmp_path / "real" / "001.png").read_bytes()[:60])
+        with pytest.raises(ReferenceImagesError, match=r"001\.png cannot be used .*; mend it, or take it out"):
+            load_reference(str(tmp_path / "real"), small_extractor(None, CPU), "small", 8, tmp_path / "cache")
+        assert not (tmp_path / "cache").exists()
+
+    def test_another_kind_of_file(self, tmp_path):
+        (tmp_path / "real.txt").touch()
+        with pytest.raises(ReferenceImagesError, match=r"real\.txt is a file of another kind; give an \.npz"):
+            load_reference(str(tmp_path / "real.txt"), small_extractor(None, CPU), "small", 8, tmp_path)
+
+    def test_a_dataset_that_cannot_be_read(self, tmp_path):
+        with pytest.raises(ReferenceImagesError, match="the dataset no/such cannot be read"):
+            load_reference("hf:no/such", small_extractor(None, CPU), "small", 8, tmp_path)
+
+    @pytest.mark.parametrize(
+        ("arrays", "message"),
+        [
+            ({"mu": np.zeros(5), "sigma": np.eye(5)}, r"mean of shape \(5,\) .* 'small' makes 6"),
+            ({"mu": np.zeros(6), "sigma": np.eye(5)}, r"covariance of shape \(5, 5\)"),
+            ({"mu": np.zeros((1, 6)), "sigma": np.eye(6)}, r"mean of shape \(1, 6\)"),
+            ({"mu": np.full(6, np.nan), "sigma": np.eye(6)}, "not finite"),
+            ({"mu": np.zeros(6), "sigma": np.eye(6), "mu_s": np.zeros(4), "sigma_s": np.eye(4)}, "4.* of spatial"),
+        ],
+    )
+    def test_statistics_of_other_features(self, tmp_path, arrays, message):
+        np.savez(tmp_path / "statistics.npz", **arrays)
+        extractor = small_extractor(None, CPU)
+        reference = load_reference(str(tmp_path / "statistics.npz"), extractor, "small", 8, tmp_path)
+        with pytest.raises(ReferenceImagesError, match=message):
+            check_fits(reference, "statistics.npz", try_extractor("small", extractor, 8), "small")
 
 
 class TestExtractors:
@@ -342,7 +393,7 @@ class TestExtractors:
     def test_weights_that_hold_more_than_tensors_are_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr("training.evaluation.features._import_torch_fidelity", lambda: pytest.fail)
         torch.save({"path": Path("anything")}, tmp_path / "weights.pth")
-        with pytest.raises(pickle.UnpicklingError):
+        with pytest.raises(ExtractorError, match=r"weights\.pth: UnpicklingError: Weights only"):
             load_extractor("torch-fidelity", tmp_path / "weights.pth", CPU)
 
     def test_one_of_your_own(self):
@@ -363,6 +414,19 @@ class TestExtractors:
     def test_errors(self, name, weights, message):
         with pytest.raises(ExtractorError, match=message):
             load_extractor(name, weights and Path(weights), CPU)
+
+    @pytest.mark.parametrize(
+        ("extract", "message"),
+        [
+            (lambda images: images.nothing, "fails on pictures of 8 pixels: AttributeError"),
+            (lambda images: images.flatten(1), "AttributeError: 'Tensor' object has no attribute 'pool'"),
+            (lambda images: Features(pool=images.float()), r"made \(2, 3, 8, 8\) of two pictures"),
+            (lambda images: Features(pool=torch.zeros(2, 6), logits=torch.zeros(1, 4)), r"\(2, 6\), \(1, 4\)"),
+        ],
+    )
+    def test_one_that_does_not_work_is_found_by_trying_it(self, extract, message):
+        with pytest.raises(ExtractorError, match=message):
+            try_extractor("mine", extract, 8)
 
     def test_torch_fidelity_without_torchvision(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "torch_fidelity", None)
@@ -422,6 +486,46 @@ class TestCommand:
         command.main(arguments(model, tmp_path / "out", tmp_path))
         assert "no feature extractor was chosen" in capsys.readouterr().out
         assert len(files_of(tmp_path / "out")) == 10
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            (["--reference", "{real}"], "no extractor of features .* add --extractor"),
+            (["--extractor", "vgg"], "'vgg' is unknown"),
+            (["--extractor", "broken"], "'broken' fails on pictures of 8 pixels"),
+            (["--extractor", "small", "--reference", "missing"], "there is no reference missing"),
+            (["--extractor", "pixels", "--reference", "{statistics}"], "6.*'pixels' makes 64"),
+            (["--model", "./missing"], "model ./missing does not exist"),
+            (["--model", "{real}"], "without model_index.json"),
+            (["--num-ar-steps", "9"], "9"),
+            (["--guidance-scale", "1,2"], "2 values"),
+            (["--guidance-scale", "nan"], "nan"),
+            (["--output", "{file}"], "file"),
+        ],
+    )
+    def test_what_cannot_work_is_said_before_the_first_image(self, model, tmp_path, monkeypatch, more, message):
+        paths = {"real": tmp_path / "real", "statistics": tmp_path / "statistics.npz", "file": tmp_path / "file"}
+        write_pictures(paths["real"], 4)
+        np.savez(paths["statistics"], mu=np.zeros(6), sigma=np.eye(6))
+        paths["file"].touch()
+        monkeypatch.setitem(EXTRACTORS, "broken", lambda weights, device: lambda images: images.nothing)
+        more = [part.format(**paths) for part in more]
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            command.main(arguments(model, tmp_path / "out", tmp_path, *more))
+        assert not (tmp_path / "out" / "images").exists()
+
+    @pytest.mark.parametrize(
+        "more", [["--num-images", "0"], ["--batch-size", "0"], ["--metric", "fidd"], ["--guidance-scale", "1;2"]]
+    )
+    def test_wrong_usage(self, model, tmp_path, more):
+        with pytest.raises(SystemExit, match="2"):
+            command.main(arguments(model, tmp_path / "out", tmp_path, *more))
+
+    def test_guidance_of_each_image_of_the_sequence(self, model, tmp_path):
+        more = ["--guidance-scale", "1,1.2,1.4,2", "--num-images", "5"]
+        command.main(arguments(model, tmp_path / "out", tmp_path, *more))
+        result = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert result["sampling"]["guidance_scale"] == [1, 1.2, 1.4, 2]
 
     def test_published_settings_need_a_published_model(self, model, tmp_path):
         with pytest.raises(SystemExit, match="has not the sizes of a published model"):

@@ -65,18 +65,48 @@ def load_extractor(name: str, weights: Path | None, device: torch.device) -> Ext
     """
     if weights is not None and not weights.is_file():
         raise ExtractorError(f"there are no weights at {weights}")
+    factory = _factory(name)
+    try:
+        return factory(weights, device)
+    except ExtractorError:
+        raise
+    except Exception as error:  # weights of every kind, and functions of every user
+        of = "" if weights is None else f" with the weights {weights}"
+        raise ExtractorError(f"extractor {name!r} cannot be made{of}: {type(error).__name__}: {error}") from error
+
+
+def try_extractor(name: str, extractor: Extractor, side: int) -> Features:
+    """Features of two black pictures of `side` pixels: what would fail after the sampling fails before it.
+
+    Raises:
+        ExtractorError: the extractor fails, or does not return `Features` of two pictures.
+    """
+    try:
+        features = extractor(torch.zeros(2, 3, side, side, dtype=torch.uint8))
+        shapes = [part.shape for part in (features.pool, features.logits, features.spatial) if part is not None]
+    except Exception as error:
+        raise ExtractorError(
+            f"extractor {name!r} fails on pictures of {side} pixels: {type(error).__name__}: {error}"
+        ) from error
+    if any(len(shape) != 2 or shape[0] != 2 for shape in shapes):
+        made = ", ".join(str(tuple(shape)) for shape in shapes)
+        raise ExtractorError(f"extractor {name!r} made {made} of two pictures; expected (2, number of features) each")
+    return features
+
+
+def _factory(name: str) -> Factory:
     if name in EXTRACTORS:
-        return EXTRACTORS[name](weights, device)
+        return EXTRACTORS[name]
     module, _, function = name.partition(":")
     if not function:
         raise ExtractorError(
             f"extractor {name!r} is unknown; choose one of {', '.join(EXTRACTORS)}, or module:function"
         )
     try:
-        factory = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ExtractorError(f"extractor {name!r} cannot be imported: {error}") from error
-    return factory(weights, device)
+        factory: Factory = getattr(importlib.import_module(module), function)
+    except Exception as error:  # the module is the user's
+        raise ExtractorError(f"extractor {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    return factory
 
 
 @register_extractor("pixels")

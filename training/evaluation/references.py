@@ -12,18 +12,21 @@ The last kind is computed once and cached; whether there are spatial features de
 import hashlib
 import itertools
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from training.data.decoding import IMAGE_SUFFIXES, read_image
+from training.data.decoding import IMAGE_SUFFIXES, BadImage, read_image
 from training.digits.export import new_file
-from training.evaluation.features import Extractor
+from training.evaluation.features import Extractor, Features
 from training.evaluation.metrics import RunningStatistics, Statistics
 
 
@@ -64,12 +67,54 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path) -> "Reference":
-        """Read what `save` wrote, or an `.npz` with mu and sigma (and mu_s, sigma_s)."""
-        with np.load(path) as arrays:
+        """Read what `save` wrote, or an `.npz` with mu and sigma (and mu_s, sigma_s).
+
+        Raises:
+            ReferenceImagesError: it cannot be read.
+        """
+        with _arrays(path) as arrays:
             count = int(arrays["count"]) if "count" in arrays else None
-            spatial = Statistics(arrays["mu_s"], arrays["sigma_s"], count) if "mu_s" in arrays else None
+            has_spatial = {"mu_s", "sigma_s"} <= set(arrays)
+            spatial = Statistics(arrays["mu_s"], arrays["sigma_s"], count) if has_spatial else None
             features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
             return cls(Statistics(arrays["mu"], arrays["sigma"], count), spatial, features)
+
+
+@contextmanager
+def _arrays(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The arrays of an `.npz`; whatever stops reading them is said as an error of this file."""
+    try:
+        loaded = np.load(path)
+        if isinstance(loaded, np.ndarray):
+            raise ReferenceImagesError(f"{path} holds one array without a name; expected an .npz, as np.savez writes")
+        with loaded as arrays:
+            yield arrays
+    except ReferenceImagesError:
+        raise
+    except Exception as error:  # numpy, zipfile and zlib each have their own
+        raise ReferenceImagesError(f"{path} is no whole .npz file: {type(error).__name__}: {error}") from error
+
+
+def check_fits(reference: Reference, source: str, features: Features, extractor_name: str) -> None:
+    """Hold a reference against the features it will be compared with.
+
+    Raises:
+        ReferenceImagesError: they have other numbers of features, or the reference has values that are not finite.
+    """
+    sides = [("pooled", reference.statistics, features.pool)]
+    if reference.spatial is not None and features.spatial is not None:
+        sides.append(("spatial", reference.spatial, features.spatial))
+    for kind, statistics, own in sides:
+        mean, covariance = np.shape(statistics.mean), np.shape(statistics.covariance)
+        width = own.shape[1]
+        if mean != (width,) or covariance != (width, width):
+            raise ReferenceImagesError(
+                f"{source} has a mean of shape {mean} and a covariance of shape {covariance} of {kind} features, and "
+                f"the extractor {extractor_name!r} makes {width}; take the extractor that the statistics were made "
+                "with, or images as the reference"
+            )
+        if not (np.isfinite(statistics.mean).all() and np.isfinite(statistics.covariance).all()):
+            raise ReferenceImagesError(f"{source} has statistics that are not finite; make them anew")
 
 
 def measure_images(batches: Batches, extractor: Extractor, total: int | None = None) -> Reference:
@@ -102,8 +147,8 @@ def load_reference(source: str, extractor: Extractor, extractor_name: str, side:
     """
     path = Path(source)
     if path.suffix == ".npz" and path.is_file():
-        with np.load(path) as arrays:
-            names = set(arrays.files)
+        with _arrays(path) as arrays:
+            names = set(arrays)
         if {"mu", "sigma"} <= names:
             reference = Reference.load(path)
             if "arr_0" in names and reference.features is None:
@@ -119,7 +164,11 @@ def _cached(source: str, extractor: Extractor, extractor_name: str, side: int, c
     digest = hashlib.sha256(f"{key} {extractor_name} {side}".encode()).hexdigest()[:16]
     path = cache / f"reference-{digest}.npz"
     if not path.exists():
-        measure_images(batches, extractor, total).save(path)
+        try:
+            measured = measure_images(batches, extractor, total)
+        except (BadImage, zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ReferenceImagesError(f"{source}: {error}") from error
+        measured.save(path)
     return Reference.load(path)
 
 
@@ -132,9 +181,8 @@ def _open(source: str, side: int) -> tuple[str, Batches, int | None]:
         stat = path.stat()
         return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}", _npz_batches(path), None
     if not path.is_dir():
-        raise ReferenceImagesError(
-            f"there is no reference {source}; give an .npz, a folder of images, or hf:NAME[:SPLIT]"
-        )
+        what = f"reference {source} is a file of another kind" if path.exists() else f"there is no reference {source}"
+        raise ReferenceImagesError(f"{what}; give an .npz, a folder of images, or hf:NAME[:SPLIT]")
     paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise ReferenceImagesError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
@@ -145,20 +193,37 @@ def _open(source: str, side: int) -> tuple[str, Batches, int | None]:
 def _batched(sources: Iterator[Path | Image.Image] | list[Path], side: int, batch_size: int = 100) -> Batches:
     iterator = iter(sources)
     while batch := list(itertools.islice(iterator, batch_size)):
-        images = torch.stack([read_image(image, side, 3) for image in batch])
+        images = torch.stack([_read(image, side) for image in batch])
         yield ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def _read(source: Path | Image.Image, side: int) -> torch.Tensor:
+    try:
+        return read_image(source, side, 3)
+    except BadImage as error:
+        name = f"{source} cannot be used" if isinstance(source, Path) else "an image of it cannot be used"
+        raise BadImage(f"{name} ({error}); mend it, or take it out of the reference") from error
 
 
 def _dataset_images(name: str) -> Iterator[Image.Image]:
     from datasets import load_dataset  # only this kind of reference needs it
 
     repository, _, split = name.partition(":")
-    for example in load_dataset(repository, split=split or "train", streaming=True):
-        yield example["image"]
+    try:
+        examples = load_dataset(repository, split=split or "train", streaming=True)
+        for example in examples:
+            yield example["image"]
+    except KeyError as error:
+        raise ReferenceImagesError(
+            f"the dataset {repository} has no column {error}; images are read from it"
+        ) from error
+    except (ValueError, OSError) as error:  # datasets' own errors among them
+        raise ReferenceImagesError(f"the dataset {name} cannot be read: {error}") from error
 
 
 def _npz_batches(path: Path, batch_size: int = 100) -> Batches:
     """Images of an `.npz`, without unpacking all of them into memory."""
+    # Opened as a whole by now, so that "arr_0" is there.
     with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
         version = np.lib.format.read_magic(member)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -168,5 +233,8 @@ def _npz_batches(path: Path, batch_size: int = 100) -> Batches:
         size = int(np.prod(shape[1:]))
         for start in range(0, shape[0], batch_size):
             count = min(batch_size, shape[0] - start)
-            pixels = np.frombuffer(member.read(count * size), dtype=np.uint8).reshape(count, *shape[1:])
+            pixels = np.frombuffer(member.read(count * size), dtype=np.uint8)
+            if pixels.size < count * size:
+                raise ReferenceImagesError(f"{path} ends before the last of its {shape[0]} images")
+            pixels = pixels.reshape(count, *shape[1:])
             yield torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)

@@ -36,8 +36,8 @@ def make_labels(count: int, num_classes: int, mode: str, seed: int) -> np.ndarra
     """
     if mode not in LABEL_MODES:
         raise SamplingError(f"labels {mode!r} are unknown; choose one of {LABEL_MODES}")
-    if count < 1:
-        raise SamplingError(f"the number of images is {count}; at least 1 is needed")
+    if count < 2:
+        raise SamplingError(f"the number of images is {count}; statistics need at least 2")
     if mode == "random":
         return torch.randint(num_classes, (count,), generator=keyed_generator(seed, -1)).numpy()
     if count % num_classes:
@@ -100,7 +100,10 @@ def sample(
     with tqdm(total=sum(map(len, missing)), desc="sampling", unit="image", disable=rank != 0) as progress:
         for batch in missing:
             generators = [keyed_generator(seed, index) for index in batch]
-            images = pipe(labels[batch].tolist(), generator=generators, output_type="pil", **call).images
+            try:
+                images = pipe(labels[batch].tolist(), generator=generators, output_type="pil", **call).images
+            except (TypeError, ValueError) as error:  # of the settings, which the pipeline looks at first
+                raise SamplingError(str(error)) from error
             for index, image in zip(batch, images, strict=True):
                 with new_file(image_path(folder, index)) as temporary:
                     image.save(temporary, format="png")
