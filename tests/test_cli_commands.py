@@ -180,7 +180,10 @@ def test_train_prints_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     listed = run("train").stdout.splitlines()
     assert "transdiff train training/configs/digits_mrar.yaml" in listed
-    assert len(listed) == len(list((ROOT / "training/configs").glob("*.yaml")))
+    assert len(listed) == 2 * len(list((ROOT / "training/configs").glob("*.yaml")))
+    purpose = listed[listed.index("transdiff train training/configs/lora.yaml") - 1]
+    assert purpose.startswith("# LoRA: small adapters on the frozen weights of start_from")
+    assert all(line.startswith("# ") and 20 < len(line) < 200 for line in listed[::2])
 
     result = run("train", "training/configs/digits_mrar.yaml")
     assert result.exit_code == 0

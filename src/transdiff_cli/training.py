@@ -4,6 +4,7 @@ They start nothing themselves: training belongs to accelerate, whose options (pr
 own, and its code is in the repository rather than in the installed package.
 """
 
+import itertools
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -34,13 +35,14 @@ def train(
     """
     with one_line_errors(debug):
         _check_checkout("training/train.py")
-        configs = sorted(str(path) for path in CONFIGS.glob("*.yaml"))
+        configs = sorted(CONFIGS.glob("*.yaml"))
         if config is None:
             for path in configs:
-                typer.echo(f"transdiff train {path}")
+                typer.echo(f"# {_purpose(path)}\ntransdiff train {path}")
             return
         if not config.is_file():
-            raise FileNotFoundError(f"configuration {config} does not exist; there are {', '.join(configs)}")
+            known = ", ".join(map(str, configs))
+            raise FileNotFoundError(f"configuration {config} does not exist; there are {known}")
         name = shlex.quote(str(config))
         typer.echo("# Images to latents, once:")
         typer.echo(f"accelerate launch -m training.cache_latents --config {name}")
@@ -83,6 +85,13 @@ def evaluate(
         output = f"eval/{Path(model).name}"
         typer.echo("# Interrupted and run again, it continues; --help has the sampling settings and searches:")
         typer.echo(f"accelerate launch -m training.evaluate {shlex.join([*options, '--output', output])}")
+
+
+def _purpose(config: Path) -> str:
+    """The first sentence of the comment that a configuration begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), config.read_text(encoding="utf-8").splitlines())
+    comment = " ".join(line.lstrip("# ") for line in lines)
+    return comment.split(". ")[0].rstrip(".")
 
 
 def _check_checkout(file: str) -> None:
