@@ -117,9 +117,9 @@ def test_code_is_one_file_for_the_pipeline_and_one_for_each_component(session: S
         "pipeline.py",
         "condition_encoder/ar_condition_encoder.py",
         "scheduler/scheduling_flow_match_euler_maruyama.py",
-        "transformer/transdiff_transformer_2d.py",
+        "transformer/transformer_transdiff.py",
     }
     index = json.loads(files["model_index.json"])
     assert index["_class_name"] == ["pipeline", "TransDiffPipeline"]
-    assert index["transformer"] == ["transdiff_transformer_2d", "TransDiffTransformer2DModel"]
+    assert index["transformer"] == ["transformer_transdiff", "TransDiffTransformer2DModel"]
     assert index["vae"] == ["diffusers", "AutoencoderKL"]

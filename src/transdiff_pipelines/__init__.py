@@ -13,7 +13,7 @@ from .loaders import convert_original_checkpoint
 from .models import ARConditionEncoder, TransDiffTransformer2DModel
 from .models.ar_condition_encoder import ARTransformerBlock
 from .models.attention import TransDiffAttnProcessor
-from .models.transdiff_transformer_2d import TransDiffTransformerBlock
+from .models.transformer_transdiff import TransDiffTransformerBlock
 from .pipelines import (
     TransDiffImg2ImgPipeline,
     TransDiffInpaintPipeline,

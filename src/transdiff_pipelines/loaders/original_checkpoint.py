@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 
 from ..data import imagenet_id2label
 from ..models.ar_condition_encoder import ARConditionEncoder
-from ..models.transdiff_transformer_2d import TransDiffTransformer2DModel
+from ..models.transformer_transdiff import TransDiffTransformer2DModel
 from ..presets import PUBLISHED, PublishedModel, published_model, size_of_width
 from ..schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
 from .checkpoint_file import read_original_weights
