@@ -40,10 +40,10 @@ from .checks import (
 )
 from .class_labels import ClassLabels
 from .class_set import ClassSetMixin
+from .conditions import Condition, ConditionEmbeds, ConditionSource, check_sequence_arguments, conditional_half
 from .hooks import check_cache, has_hooked_parts, hooks_freed
 from .reference_images import ReferenceImages, reference_latents
 from .sequence import SequenceMixin
-from .sequence_condition import Condition, ConditionEmbeds, ConditionSource, check_sequence_arguments, conditional_half
 
 
 # float32 sigmas of a grid against the bounds of an interval.

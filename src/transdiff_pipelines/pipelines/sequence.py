@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..models.key_value_cache import KeyValueCache
 from .checks import check_ar_steps, guidance_per_image
 from .class_labels import ClassLabels, parse_class_labels
-from .sequence_condition import ConditionEmbeds, ConditionSource, GivenCondition, SequenceCondition
+from .conditions import ConditionEmbeds, ConditionSource, GivenCondition, SequenceCondition
 
 
 class SequenceMixin:
