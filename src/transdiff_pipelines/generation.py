@@ -5,6 +5,7 @@ reads it. Image i of a run has a generator of its own, seeded with seed + i, so 
 neighbours, but for the rounding of a batch of another size.
 """
 
+import copy
 import inspect
 import json
 import os
@@ -264,29 +265,33 @@ def draw(
     settings: GenerationSettings,
     callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
 ) -> Iterator[Image.Image]:
-    """The images of the settings in turn, drawn in batches. The pipeline gets its own scheduler back at the end.
+    """The images of the settings in turn, drawn in batches. The pipeline keeps its own scheduler all the while.
 
     Its weights are used as they are: `settings.model` and `settings.dtype` are the loader's business.
 
     Raises:
         ValueError, TypeError: a setting does not fit this pipeline.
     """
-    own = pipe.scheduler
+    scheduler = make_scheduler(pipe.scheduler, settings.scheduler, settings.drift_scale, settings.diffusion_scale)
+    pipe = with_scheduler(pipe, scheduler)
     labels = settings.label_of_each
     guidance = settings.guidance_scale
-    try:
-        pipe.scheduler = make_scheduler(own, settings.scheduler, settings.drift_scale, settings.diffusion_scale)
-        for start in range(0, len(labels), settings.batch_size):
-            batch = range(len(labels))[start : start + settings.batch_size]
-            yield from pipe(
-                [labels[number] for number in batch],
-                list(guidance) if isinstance(guidance, tuple) else guidance,
-                settings.num_inference_steps,
-                [torch.Generator().manual_seed(settings.seed + number) for number in batch],
-                callback_on_step_end=callback_on_step_end,
-            ).images
-    finally:
-        pipe.scheduler = own
+    for start in range(0, len(labels), settings.batch_size):
+        batch = range(len(labels))[start : start + settings.batch_size]
+        yield from pipe(
+            [labels[number] for number in batch],
+            list(guidance) if isinstance(guidance, tuple) else guidance,
+            settings.num_inference_steps,
+            [torch.Generator().manual_seed(settings.seed + number) for number in batch],
+            callback_on_step_end=callback_on_step_end,
+        ).images
+
+
+def with_scheduler(pipe: TransDiffPipeline, scheduler: SchedulerMixin) -> TransDiffPipeline:
+    """A pipeline of the same models and settings with a scheduler of its own."""
+    twin = copy.copy(pipe)
+    twin.scheduler = scheduler
+    return twin
 
 
 def image_grid(images: Sequence[Image.Image], count: int) -> Image.Image:

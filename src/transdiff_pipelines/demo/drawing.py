@@ -1,10 +1,9 @@
 """A request drawn in a thread of its own, and what there is to see of it meanwhile.
 
-Requests run side by side on the same weights: each has its own pipeline object around them, with its own scheduler,
-because both keep the state of a run.
+Requests run side by side on the same weights: each has its own pipeline object around them, with the scheduler that
+it asks for.
 """
 
-import copy
 import threading
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 
 from transdiff_pipelines import TransDiffPipeline, blend_conditions
-from transdiff_pipelines.generation import make_scheduler
+from transdiff_pipelines.generation import make_scheduler, with_scheduler
 from transdiff_pipelines.pipelines.reference_images import reference_latents
 
 from .request import DemoRequest
@@ -44,16 +43,10 @@ class Frame:
 
 
 def own_pipeline(shared: TransDiffPipeline, request: DemoRequest) -> TransDiffPipeline:
-    """A pipeline on the shared weights whose scheduler and state belong to one request."""
+    """A pipeline on the shared weights with the scheduler of one request."""
     settings = request.settings
-    scheduler = make_scheduler(
-        copy.deepcopy(shared.scheduler), settings.scheduler, settings.drift_scale, settings.diffusion_scale
-    )
-    pipe = TransDiffPipeline(
-        **{**shared.components, "scheduler": scheduler},
-        id2label=shared.config.id2label,
-        guidance_scale=shared.config.guidance_scale,
-    )
+    scheduler = make_scheduler(shared.scheduler, settings.scheduler, settings.drift_scale, settings.diffusion_scale)
+    pipe = with_scheduler(shared, scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

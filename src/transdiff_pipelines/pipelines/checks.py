@@ -1,7 +1,9 @@
 """What fits together: checks of components and arguments, all made before any heavy work."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
@@ -49,7 +51,54 @@ _UNFIT_OPTIONS_OF = {
     }
 }
 
+# Schedulers whose custom sigmas are not those of the others: a list that ends with 0.
+_OWN_FORM_OF_SIGMAS = ("LTXEulerAncestralRFScheduler",)
+
 _NOISE_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+
+
+@dataclass(frozen=True)
+class CallSettings:
+    """The arguments of a call, checked, and with what was left to the checkpoint filled in.
+
+    Attributes:
+        label_ids: class ids as given; None where `condition_embeds` take the place of labels.
+        num_images_per_label: images of each label, next to one another.
+        guidance_scales: one for each image of the AR sequence; as many as are made, references counted.
+        num_inference_steps: denoising steps for each image of the sequence.
+        sigmas: the caller's time grid, if any.
+        tensor_inputs: what the callback is given.
+
+    The others are those of `TransDiffPipeline.__call__`.
+    """
+
+    label_ids: tuple[int, ...] | None
+    num_images_per_label: int
+    guidance_scales: tuple[float, ...]
+    guidance_interval: tuple[float, float] | None
+    num_inference_steps: int
+    sigmas: tuple[float, ...] | None
+    generator: torch.Generator | list[torch.Generator] | None
+    latents: torch.Tensor | None
+    output_type: str
+    callback_on_step_end: Callable[..., dict[str, Any] | None] | None
+    tensor_inputs: tuple[str, ...]
+    attention_kwargs: dict[str, Any] | None
+
+    @property
+    def guided(self) -> bool:
+        """Whether an image of the sequence needs the unconditional branch."""
+        return any(scale != 1.0 for scale in self.guidance_scales)
+
+    @property
+    def denoising(self) -> dict[str, Any]:
+        """The arguments of `TransDiffPipeline.denoise` that are the same for all images of the sequence."""
+        return {
+            "num_inference_steps": self.num_inference_steps,
+            "sigmas": self.sigmas,
+            "guidance_interval": self.guidance_interval,
+            "generator": self.generator,
+        }
 
 
 def check_components(
@@ -147,6 +196,24 @@ def guidance_per_image(guidance_scale: float | Sequence[float], num_images: int)
     return [float(scale) for scale in scales]
 
 
+def resolve_guidance(
+    guidance_scale: float | Sequence[float] | None,
+    recommended: float | Sequence[float] | None,
+    num_images: int,
+    num_ar_steps: int | None = None,
+    single_condition: bool = False,
+) -> tuple[float, ...]:
+    """Guidance of each image of the sequence that ends with image `num_ar_steps`; the `recommended` one where unset.
+
+    With a `single_condition` one image is made, of whatever its tokens hold: like the last image of a sequence.
+    """
+    recommended = 1.0 if recommended is None else recommended
+    if single_condition:
+        recommended, num_images = guidance_per_image(recommended, num_images)[-1], 1
+    scales = guidance_per_image(recommended if guidance_scale is None else guidance_scale, num_images)
+    return tuple(scales[: check_ar_steps(num_ar_steps, num_images)])
+
+
 def check_guidance_interval(interval: tuple[float, float] | None) -> None:
     """Raise ValueError unless the interval is `(low, high)` with 0 <= low <= high <= 1."""
     if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
@@ -171,6 +238,22 @@ def custom_sigmas(
     if not values or values[0] > top or not falling:
         raise ValueError(f"{name} are {values}; expected strictly decreasing values in (0, {top}], without the 0")
     return [value / top for value in values]
+
+
+def check_steps(scheduler: SchedulerMixin, num_inference_steps: int, sigmas: Sequence[float] | None) -> int:
+    """The number of steps, which a time grid of the caller's own decides.
+
+    Raises:
+        TypeError: `num_inference_steps` is no int.
+        ValueError: it is below 1, or the scheduler takes no time grid.
+    """
+    if sigmas is None:
+        check_count("num_inference_steps", num_inference_steps)
+        return num_inference_steps
+    reads_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+    if not reads_sigmas or type(scheduler).__name__ in _OWN_FORM_OF_SIGMAS:
+        raise ValueError(f"{type(scheduler).__name__} takes no custom sigmas; pass num_inference_steps")
+    return len(sigmas)
 
 
 def check_count(name: str, count: int) -> None:

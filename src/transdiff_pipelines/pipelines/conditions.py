@@ -1,107 +1,116 @@
-"""The condition of an AR sequence, encoded group by group as its images are made.
+"""What the images of an AR sequence are conditioned on: labels, or tokens that the caller made.
+
+Both sources answer `extend(images)`, the condition of the next image after those made since the last answer.
 
 Shapes: B images, G guidance branches (1, or 2 with the unconditional one first), N images in a sequence of S / N
-tokens each, D condition width, C latent channels, s latent side.
+tokens each, M condition tokens, D condition width, C latent channels, s latent side.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._dynamo import maybe_mark_dynamic
 
 from ..models import ARConditionEncoder
-from ..models.key_value_cache import KeyValue
+from ..models.key_value_cache import KeyValue, KeyValueCache
 
 
 # Condition tokens, or the keys and values that the transformer's blocks made of them.
 Condition = torch.Tensor | list[KeyValue]
 
-
 # Condition tokens of B images, or a function of the B images made so far `(B, i, C, s, s)`, None for the first.
 ConditionEmbeds = torch.Tensor | Callable[[torch.Tensor | None], torch.Tensor]
 
 
-class ConditionSource(Protocol):
-    """What `TransDiffPipeline` asks for the condition of each image of a sequence."""
+@dataclass(frozen=True)
+class BoundEncoder:
+    """The condition encoder with all that stays the same during a call.
 
-    batch_size: int
+    Attributes:
+        model: the condition encoder.
+        device: where it is run; with offloading its weights are elsewhere until then.
+        dtype: that of the condition, which is the transformer's.
+        attention_kwargs: those of the call.
+    """
 
-    def extend(self, images: torch.Tensor | None = None) -> torch.Tensor:
-        """Condition of the next image, `(G B, M, D)`, from the images not yet seen `(B, n, C, s, s)`, or None."""
-        ...
+    model: ARConditionEncoder
+    device: torch.device
+    dtype: torch.dtype
+    attention_kwargs: dict[str, Any] | None = None
 
-    def finish(self) -> None:
-        """Let go of what only a further image would need."""
-        ...
+    def __call__(
+        self, class_labels: torch.Tensor, images: torch.Tensor | None, cache: list[KeyValueCache] | None = None
+    ) -> torch.Tensor:
+        """Condition tokens `(B, M, D)` of class ids `(B,)` and earlier images `(B, n, C, s, s)`, or None."""
+        options = {"attention_kwargs": self.attention_kwargs, "cache": cache, "return_dict": False}
+        condition: torch.Tensor = self.model(class_labels, images, **options)[0]
+        return condition.to(self.dtype)
 
 
-class SequenceCondition:
-    """Condition tokens of B sequences, one group longer with every image: the encoder sees each group once.
+class LabelCondition:
+    """Condition tokens of labels, one group longer with every image: the encoder sees each group once.
 
     Equal labels have equal conditions until images come in, so the first group is encoded once for each label, and
     the null class once for the whole batch. The unconditional branch differs in the class alone: it sees the same
     images.
 
     Args:
-        encode: `TransDiffPipeline.encode_condition`.
-        encoder: the condition encoder it calls.
+        encode: the condition encoder.
         labels: class ids, one for each image.
         guided: whether there is an unconditional branch.
-        device: where the condition is made.
+        num_images: images of the sequence, those given as references counted.
     """
 
-    def __init__(
-        self,
-        encode: Callable[..., torch.Tensor],
-        encoder: ARConditionEncoder,
-        labels: list[int],
-        guided: bool,
-        device: torch.device,
-    ):
+    def __init__(self, encode: BoundEncoder, labels: Sequence[int], guided: bool, num_images: int):
         self.batch_size = len(labels)
-        rows = [encoder.null_class] * len(labels) + labels if guided else labels
         self._encode = encode
-        self._labels = torch.tensor(rows, device=device)
+        self._rows = [encode.model.null_class] * len(labels) + list(labels) if guided else list(labels)
         self._branches = 2 if guided else 1
-        distinct = list(dict.fromkeys(rows))
-        self._distinct_labels = torch.tensor(distinct, device=device)
-        self._row_of = torch.tensor([distinct.index(label) for label in rows], device=device)
-        self._cache = encoder.new_cache() if encoder.num_images > 1 else None
-        self.tokens: torch.Tensor | None = None
+        self._images_left = num_images
+        self._cache = encode.model.new_cache() if encode.model.num_images > 1 else None
+        self._tokens: torch.Tensor | None = None
 
     def extend(self, images: torch.Tensor | None = None) -> torch.Tensor:
-        """Condition `(G B, (i + 1) * S / N, D)` of image i, from the unseen ones `(B, n, C, s, s)`; at first None."""
-        if images is None:
-            # A compiled encoder need not find out by recompiling: how many labels differ, and how long the past is.
-            maybe_mark_dynamic(self._distinct_labels, 0)
-            condition = self._encode(self._distinct_labels, cache=self._cache)[self._row_of]
-            for layer in self._cache or []:
-                layer.select_rows(self._row_of)
-                for states in layer.key_value or ():
-                    maybe_mark_dynamic(states, 1)
-            self.tokens = condition
-        else:
-            group = self._encode(self._labels, torch.cat([images] * self._branches), cache=self._cache)
-            self.tokens = group if self.tokens is None else torch.cat([self.tokens, group], dim=1)
-        return self.tokens
+        """Condition `(G B, (i + 1) S / N, D)` of image i, from the images not yet seen `(B, n, C, s, s)`, or None."""
+        tokens = self._encode_labels() if self._tokens is None else self._tokens
+        if images is not None:
+            labels = torch.tensor(self._rows, device=self._encode.device)
+            group = self._encode(labels, torch.cat([images] * self._branches), self._cache)
+            tokens = torch.cat([tokens, group], dim=1)
+            self._images_left -= images.shape[1]
+        self._tokens = tokens
+        if self._images_left == 1:
+            # Nothing follows the last image, so the memory is free while it is made and decoded.
+            self._cache = self._tokens = None
+        return tokens
 
-    def finish(self) -> None:
-        """The encoder's keys and values need not be kept while the last image is made and decoded."""
-        self._cache = self.tokens = None
+    def _encode_labels(self) -> torch.Tensor:
+        """Condition `(G B, S / N, D)` of the first image, from one row for each distinct label."""
+        distinct = list(dict.fromkeys(self._rows))
+        distinct_labels = torch.tensor(distinct, device=self._encode.device)
+        row_of = torch.tensor([distinct.index(label) for label in self._rows], device=self._encode.device)
+        # A compiled encoder need not find out by recompiling that the number of distinct labels changes from call to
+        # call, and the length of the past from image to image.
+        maybe_mark_dynamic(distinct_labels, 0)
+        condition = self._encode(distinct_labels, None, self._cache)[row_of]
+        for layer in self._cache or []:
+            layer.select_rows(row_of)
+            for states in layer.key_value or ():
+                maybe_mark_dynamic(states, 1)
+        return condition
 
 
 class GivenCondition:
     """A condition that the caller made: tokens, or a function that makes them for each image of the sequence.
 
     Args:
+        encode: the condition encoder.
         given: tokens, or the function.
         negative: the same for the unconditional branch; None encodes the null class with the same images.
-        encode: `TransDiffPipeline.encode_condition`.
-        encoder: the condition encoder it calls.
         guided: whether there is an unconditional branch.
         repeats: how many images each row stands for.
-        device, dtype: those that the condition shall have.
 
     Attributes:
         batch_size: B, the images that the rows of the condition stand for.
@@ -109,19 +118,14 @@ class GivenCondition:
 
     def __init__(
         self,
+        encode: BoundEncoder,
         given: ConditionEmbeds,
         negative: ConditionEmbeds | None,
-        encode: Callable[..., torch.Tensor],
-        encoder: ARConditionEncoder,
         guided: bool,
         repeats: int,
-        device: torch.device,
-        dtype: torch.dtype,
     ):
-        self._given, self._negative, self._encode = given, negative, encode
-        self._guided, self._repeats, self._device, self._dtype = guided, repeats, device, dtype
-        self._null_class = encoder.null_class
-        self._width = encoder.config.num_attention_heads * encoder.config.attention_head_dim
+        self._encode, self._given, self._negative = encode, given, negative
+        self._guided, self._repeats = guided, repeats
         self._seen: torch.Tensor | None = None
         self._rows = self._make("condition_embeds", given)
         self.batch_size = len(self._rows) * repeats
@@ -136,16 +140,12 @@ class GivenCondition:
             raise ValueError(f"condition_embeds made {len(rows)} rows for {self.batch_size} images; expected one each")
         return torch.cat([self._unconditional(rows), rows]) if self._guided else rows
 
-    def finish(self) -> None:
-        """The rows are the caller's; nothing else is kept."""
-
     def _unconditional(self, rows: torch.Tensor) -> torch.Tensor:
         """The other branch, `(B, M, D)` like `rows`; of a condition cut short, the null class is cut alike."""
         if self._negative is not None:
             negative = self._make("negative_condition_embeds", self._negative)
         else:
-            null = torch.tensor([self._null_class], device=self._device)
-            negative = self._encode(null, self._seen)[:, : rows.shape[1]]
+            negative = self._encode_null_class()[:, : rows.shape[1]]
         if negative.shape[1] != rows.shape[1]:
             raise ValueError(
                 f"the unconditional branch has {negative.shape[1]} tokens and condition_embeds {rows.shape[1]}: pass "
@@ -160,9 +160,16 @@ class GivenCondition:
             )
         return negative.expand(len(rows), -1, -1)
 
+    def _encode_null_class(self) -> torch.Tensor:
+        """Condition `(B, M, D)` of the null class with the images so far, `(1, M, D)` before there are any."""
+        null = torch.tensor([self._encode.model.null_class], device=self._encode.device)
+        return self._encode(null if self._seen is None else null.expand(len(self._seen)), self._seen)
+
     def _make(self, name: str, given: ConditionEmbeds) -> torch.Tensor:
         tokens = given if isinstance(given, torch.Tensor) else given(self._seen)
-        return check_condition(name, tokens, self._width).to(self._device, self._dtype)
+        config = self._encode.model.config
+        width = config.num_attention_heads * config.attention_head_dim
+        return check_condition(name, tokens, width).to(self._encode.device, self._encode.dtype)
 
 
 def check_sequence_arguments(

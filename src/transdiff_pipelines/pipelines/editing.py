@@ -3,9 +3,7 @@
 Shapes: B edits, N images in an AR sequence (1 for 1-step AR), C latent channels, s latent side, H = W pixels.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,50 +11,14 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
-from ..latents import NUM_TRAIN_TIMESTEPS, noise_latents
-from .checks import (
-    check_count,
-    check_generator,
-    check_guidance_interval,
-    check_latents,
-    check_output,
-    check_scheduler,
-    check_strength,
-    custom_sigmas,
-    tensor_inputs_of,
-)
-from .class_labels import ClassLabels, parse_class_labels
-from .hooks import hooks_freed
+from ..latents import noise_latents
+from .checks import CallSettings, check_count, check_strength
+from .conditions import LabelCondition
 from .image_inputs import check_images, check_masks, common_batch_size, is_latents
-from .pipeline_transdiff import StepCallback, TransDiffPipeline, TransDiffPipelineOutput
+from .pipeline_transdiff import CallState, StepCallback, TransDiffPipeline
 
 
 References = Literal["generated", "edited", "image"]
-
-
-@dataclass(frozen=True)
-class CallSettings:
-    """The arguments that an editing call shares with `TransDiffPipeline.__call__`, which tells what they mean."""
-
-    class_labels: ClassLabels
-    guidance_scale: float | list[float] | None
-    num_inference_steps: int
-    generator: torch.Generator | list[torch.Generator] | None
-    latents: torch.Tensor | None
-    output_type: str
-    return_dict: bool
-    callback_on_step_end: Callable[..., dict[str, Any] | None] | None
-    callback_on_step_end_tensor_inputs: Sequence[str]
-    num_images_per_label: int
-    sigmas: Sequence[float] | None
-    guidance_interval: tuple[float, float] | None
-    attention_kwargs: dict[str, Any] | None
-    timesteps: Sequence[float] | None
-
-    @property
-    def tensor_inputs(self) -> Sequence[str]:
-        """What the callback is given."""
-        return tensor_inputs_of(self.callback_on_step_end, self.callback_on_step_end_tensor_inputs)
 
 
 @dataclass(frozen=True)
@@ -68,8 +30,7 @@ class EditInputs:
         picture: pixels `(., 3, H, W)` in [0, 1], or scaled latents `(., C, s, s)` with `latents_given`.
         mask: `(., 1, H, W)` in [0, 1], 1 where to repaint; None is everywhere.
         num_edits: how many different edits there are, each made `num_images_per_label` times.
-        guidance_scales: one for each image of the AR sequence.
-        sigmas: the caller's time grid, if any.
+        runs: ranges of steps to take, see `resampling_runs`; none at strength 0.
     """
 
     labels: torch.Tensor
@@ -78,9 +39,7 @@ class EditInputs:
     mask: torch.Tensor | None
     num_edits: int
     num_images_per_label: int
-    guidance_scales: list[float]
-    num_inference_steps: int
-    sigmas: list[float] | None
+    runs: list[range]
 
     @property
     def batch_size(self) -> int:
@@ -101,14 +60,12 @@ class Edit:
         noise: standard normal noise of that shape, one for all σ: a step moves along x_σ = (1 - σ) x₀ + σ ε.
         unknown: `(B, 1, s, s)`, where to repaint; None is everywhere.
         sigmas: the σ at each of the scheduler's timesteps, then 0.
-        runs: ranges of steps to take; each but the first starts with a jump back.
     """
 
     image_latents: torch.Tensor
     noise: torch.Tensor
     unknown: torch.Tensor | None
     sigmas: list[float]
-    runs: list[range]
 
     def noised(self, index: int) -> torch.Tensor:
         """The images' latents at `sigmas[index]` (Eq. 4); at the grid's start pure noise, as in plain generation."""
@@ -165,99 +122,76 @@ class TransDiffEditingPipeline(TransDiffPipeline):
         """Height and width, in pixels, of the images that this model edits."""
         return self.transformer.config.sample_size * self.vae_scale_factor
 
-    def _edit(
+    def _edit(self, settings: CallSettings, inputs: EditInputs, references: References) -> Any:
+        """Encode the image, denoise it under the class, decode and composite."""
+        with self._begin_call(settings) as call:
+            # The noise comes first, as in plain generation.
+            noise = self.prepare_latents(inputs.batch_size, settings.generator, settings.latents)
+            edit = self._start_edit(settings, inputs, noise)
+            on_step_end = self._step_callback(settings)
+
+            def make_image(condition: torch.Tensor) -> torch.Tensor:
+                is_reference = call.current_ar_step != self.condition_encoder.num_images - 1
+                if not inputs.runs or (is_reference and references == "image"):
+                    return edit.image_latents
+                if is_reference and references == "generated":
+                    return self.denoise(noise, condition, on_step_end=on_step_end, **settings.denoising)
+                return self._run_edit(call, settings, edit, condition, inputs.runs, on_step_end)
+
+            labels = inputs.expand(inputs.labels).tolist()
+            source = LabelCondition(self._bound_encoder(), labels, settings.guided, len(settings.guidance_scales))
+            sequence = self._make_sequence(call, settings, source, make_image)
+            return self._decode_edit(sequence[-1], inputs, settings.output_type)
+
+    def _check_edit(
         self,
+        settings: CallSettings,
         image: PipelineImageInput,
         strength: float,
         references: References,
-        settings: CallSettings,
         mask: torch.Tensor | None = None,
         jump_length: int = 1,
         jump_n_sample: int = 1,
-    ) -> Any:
-        """Check everything, encode the image, denoise it under the class, decode and composite."""
+    ) -> EditInputs:
+        """Check what is to be edited and how, and that it fits the labels."""
         check_strength(strength)
         check_count("jump_length", jump_length)
         check_count("jump_n_sample", jump_n_sample)
         if references not in get_args(References):
             raise ValueError(f"references is {references!r}; choose one of {get_args(References)}")
-        inputs = self._check_inputs(image, mask, settings)
-        steps = edit_steps(inputs.num_inference_steps, strength)
+        steps = edit_steps(settings.num_inference_steps, strength)
         if jump_n_sample > 1 and steps.start == 0 and jump_length >= len(steps):
             raise ValueError(f"jump_length is {jump_length}, but only jumps shorter than the {len(steps)} steps count")
-
-        with hooks_freed(self):
-            # The noise comes first, as in plain generation.
-            noise = self.prepare_latents(inputs.batch_size, settings.generator, settings.latents)
-            edit = self._start_edit(inputs, noise, resampling_runs(steps, jump_length, jump_n_sample) if steps else [])
-            denoise = partial(
-                self.denoise,
-                num_inference_steps=inputs.num_inference_steps,
-                sigmas=inputs.sigmas,
-                guidance_interval=settings.guidance_interval,
-                generator=settings.generator,
-            )
-            callback = self._step_callback(settings.callback_on_step_end, settings.tensor_inputs)
-
-            def make_image(condition: torch.Tensor) -> torch.Tensor:
-                is_reference = self.current_ar_step != self.condition_encoder.num_images - 1
-                if not steps or (is_reference and references == "image"):
-                    return edit.image_latents
-                if is_reference and references == "generated":
-                    return denoise(noise, condition, on_step_end=callback)
-                return self._run_edit(edit, partial(denoise, condition=condition), callback, settings.generator)
-
-            label_ids = inputs.expand(inputs.labels).tolist()
-            sequence = self._make_sequence(label_ids, inputs.guidance_scales, make_image, settings.attention_kwargs)
-            images = self._decode_edit(sequence[-1], inputs, settings.output_type)
-        return TransDiffPipelineOutput(images=images) if settings.return_dict else (images,)
-
-    def _check_inputs(
-        self, image: PipelineImageInput, mask: torch.Tensor | None, settings: CallSettings
-    ) -> EditInputs:
-        """Check what the call is given, and that it fits together."""
-        check_scheduler(self.scheduler)
-        check_guidance_interval(settings.guidance_interval)
-        check_output(settings.output_type, settings.tensor_inputs, self._callback_tensor_inputs)
-        check_count("num_images_per_label", settings.num_images_per_label)
-        sigmas = custom_sigmas(settings.sigmas, settings.timesteps, NUM_TRAIN_TIMESTEPS)
-        num_classes = self.condition_encoder.config.num_classes
-        labels = parse_class_labels(settings.class_labels, self._class_names, num_classes)
         latents_given = is_latents(image, self._latents_shape(1))
         if latents_given:
             picture = image.reshape(-1, *self._latents_shape(1)[1:])
         else:
             check_images(image, self.image_side)
             picture = self.pixel_processor.preprocess(image).float()
+        labels = torch.tensor(settings.label_ids)
         counts = {"class_labels": len(labels), "images": len(picture)}
-        inputs = EditInputs(
-            labels=torch.tensor(labels),
+        return EditInputs(
+            labels=labels,
             picture=picture,
             latents_given=latents_given,
             mask=mask,
             num_edits=common_batch_size(**counts if mask is None else counts | {"masks": len(mask)}),
             num_images_per_label=settings.num_images_per_label,
-            guidance_scales=self._resolve_guidance(settings.guidance_scale),
-            num_inference_steps=self._check_steps(settings.num_inference_steps, sigmas),
-            sigmas=sigmas,
+            runs=resampling_runs(steps, jump_length, jump_n_sample) if steps else [],
         )
-        check_latents(settings.latents, self._latents_shape(inputs.batch_size))
-        check_generator(settings.generator, inputs.batch_size)
-        return inputs
 
-    def _start_edit(self, inputs: EditInputs, noise: torch.Tensor, runs: list[range]) -> Edit:
+    def _start_edit(self, settings: CallSettings, inputs: EditInputs, noise: torch.Tensor) -> Edit:
         """Encode the images and find the σ of the grid."""
         latents = inputs.picture if inputs.latents_given else self.encode_image(inputs.picture)
         unknown = None
         if inputs.mask is not None:
             unknown = inputs.expand(self._unknown_latents(inputs.mask)).to(noise.device)
-        self._set_timesteps(inputs.num_inference_steps, inputs.sigmas)
+        self._set_timesteps(settings.num_inference_steps, settings.sigmas)
         return Edit(
             image_latents=inputs.expand(latents.to(noise)),
             noise=noise,
             unknown=unknown,
             sigmas=[*self.scheduler.sigmas[: len(self.scheduler.timesteps)].tolist(), 0.0],
-            runs=runs,
         )
 
     def _preprocess_mask(self, mask_image: PipelineImageInput) -> torch.Tensor:
@@ -274,26 +208,28 @@ class TransDiffEditingPipeline(TransDiffPipeline):
 
     def _run_edit(
         self,
+        call: CallState,
+        settings: CallSettings,
         edit: Edit,
-        denoise: Callable[..., torch.Tensor],
+        condition: torch.Tensor,
+        runs: list[range],
         callback: StepCallback | None,
-        generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """Run an edit: from its noised image, or part by part with jumps back, keeping what is known at every step."""
+        """Denoise the noised image, keeping what is known at every step; each run but the first begins with a jump."""
 
         def on_step_end(i: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             latents = edit.keep_known(tensors["latents"], i + 1)
             replaced = callback(i, timestep, tensors | {"latents": latents}) if callback is not None else {}
             return {"latents": latents} | replaced
 
-        latents = edit.noised(self._grid_index(edit, edit.runs[0].start))
-        for previous, run in zip([None, *edit.runs], edit.runs, strict=False):
-            if self.interrupt:
+        latents = edit.noised(self._grid_index(edit, runs[0].start))
+        for previous, run in zip([None, *runs], runs, strict=False):
+            if call.interrupt:
                 break
             if previous is not None:
                 sigma, sigma_to = (edit.sigmas[self._grid_index(edit, step)] for step in (previous.stop, run.start))
-                latents = jump_back(latents, sigma, sigma_to, generator)
-            latents = denoise(latents, on_step_end=on_step_end, steps=run)
+                latents = jump_back(latents, sigma, sigma_to, settings.generator)
+            latents = self.denoise(latents, condition, on_step_end=on_step_end, steps=run, **settings.denoising)
         return latents
 
     def _grid_index(self, edit: Edit, step: int) -> int:

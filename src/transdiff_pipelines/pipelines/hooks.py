@@ -1,11 +1,12 @@
-"""What diffusers' and accelerate's hooks on the transformer ask of the denoising loop.
+"""What diffusers' and accelerate's hooks on the models ask of a call and of its denoising loop.
 
 Offloading, layerwise casting and the approximating caches (FirstBlockCache, FasterCache, PyramidAttentionBroadcast,
 MagCache, TaylorSeer) are hooks around the `forward` of the model and of its parts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from diffusers import DiffusionPipeline, FasterCacheConfig, ModelMixin
 from torch import nn
@@ -18,6 +19,26 @@ def has_hooked_parts(model: nn.Module) -> bool:
     hook on the whole model is no obstacle: `apply_forward_hook` serves it.
     """
     return any(_is_hooked(part) for part in model.modules() if part is not model) or _has_diffusers_hook(model)
+
+
+def state_held_by(models: Sequence[nn.Module], attention_kwargs: Mapping[str, Any] | None) -> str | None:
+    """What keeps the state of a running call in the models themselves, in words; None where nothing does."""
+    parts = [part for model in models for part in model.modules()]
+    for model in models:
+        if getattr(model, "is_cache_enabled", False):
+            return f"the cache of {type(model).__name__}"
+    if any(_has_diffusers_hook(part) or _moves_weights(part) for part in parts):
+        return "a hook (offloading, layerwise casting, layer skipping)"
+    scale = (attention_kwargs or {}).get("scale", 1.0)
+    if scale != 1.0 and any(hasattr(part, "scale_layer") for part in parts):
+        return f"attention_kwargs={{'scale': {scale}}}, which weighs the LoRA layers,"
+    return None
+
+
+def _moves_weights(module: nn.Module) -> bool:
+    """Whether one of accelerate's hooks moves the module's weights; those of a `device_map` have `offload=False`."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(one is not None and getattr(one, "offload", True) for one in getattr(hook, "hooks", [hook]))
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -1,13 +1,17 @@
 """From class labels to images: 1-step AR and Multi-Reference Autoregression (MRAR) in one loop.
 
+A call is checked (`check_inputs`), gets its state (`CallState`), and then goes through the images of the AR sequence
+(`_make_sequence`): each is conditioned on those before (`conditions.py`) and denoised (`denoise`).
+
 Shapes: B images asked for, N images in an AR sequence (1 for 1-step AR), C latent channels, s latent side,
 M condition tokens, D condition width.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from typing import Any
 
@@ -18,6 +22,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from tqdm.auto import tqdm
 
 from ..latents import NUM_TRAIN_TIMESTEPS, scale_latents, unscale_latents, vae_stride
 from ..loaders.hub import TransDiffHubMixin
@@ -25,8 +30,10 @@ from ..loaders.lora import TransDiffLoraLoaderMixin
 from ..loaders.single_file import TransDiffSingleFileMixin
 from ..models import ARConditionEncoder, TransDiffTransformer2DModel
 from ..models.alignment import align_weights
+from ..models.key_value_cache import KeyValueCache
 from ..presets import VAE_DOWNSAMPLE_FACTOR
 from .checks import (
+    CallSettings,
     check_components,
     check_count,
     check_generator,
@@ -34,23 +41,30 @@ from .checks import (
     check_latents,
     check_output,
     check_scheduler,
+    check_steps,
     custom_sigmas,
     guidance_per_image,
+    resolve_guidance,
     tensor_inputs_of,
 )
-from .class_labels import ClassLabels
+from .class_labels import ClassLabels, parse_class_labels
 from .class_set import ClassSetMixin
-from .conditions import Condition, ConditionEmbeds, ConditionSource, check_sequence_arguments, conditional_half
-from .hooks import check_cache, has_hooked_parts, hooks_freed
+from .conditions import (
+    BoundEncoder,
+    Condition,
+    ConditionEmbeds,
+    GivenCondition,
+    LabelCondition,
+    check_sequence_arguments,
+    conditional_half,
+)
+from .hooks import check_cache, has_hooked_parts, hooks_freed, state_held_by
+from .overlapping_calls import admitted
 from .reference_images import ReferenceImages, reference_latents
-from .sequence import SequenceMixin
 
 
 # float32 sigmas of a grid against the bounds of an interval.
 SIGMA_TOLERANCE = 1e-5
-
-# Schedulers whose custom sigmas are not those of the others: a list that ends with 0.
-OWN_FORM_OF_SIGMAS = {"LTXEulerAncestralRFScheduler"}
 
 # Index of the step, its timestep, and the tensors of the loop; to replacements for these.
 StepCallback = Callable[[int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -70,13 +84,46 @@ class TransDiffPipelineOutput(ImagePipelineOutput):
     intermediates: list[list[Image.Image] | np.ndarray | torch.Tensor] | None = None
 
 
+@dataclass
+class CallState:
+    """What a call changes while it runs; its callback sees it as properties of the pipeline.
+
+    Attributes:
+        scheduler: the one that this call steps.
+        guidance_scale: that of the image being made. A callback may change it, for this image and for those after
+            it that were given the same scale.
+        num_timesteps: denoising steps of the whole call, as far as known.
+        steps_taken: those of the images that are finished.
+        images_left: images still to be made, the one being made counted.
+        current_timestep, current_ar_step: where the call is; None outside its loops.
+        interrupt: whether the call shall end with what is there.
+    """
+
+    scheduler: SchedulerMixin
+    attention_kwargs: dict[str, Any] | None = None
+    guidance_scale: float = 1.0
+    num_timesteps: int = 0
+    steps_taken: int = 0
+    images_left: int = 1
+    current_timestep: torch.Tensor | None = None
+    current_ar_step: int | None = None
+    interrupt: bool = False
+
+
+# The state of the call that runs in this thread, by the id of its pipeline: a callback may call another pipeline.
+_CALLS: ContextVar[Mapping[int, CallState]] = ContextVar("transdiff_calls")
+
+
+def _of_call(name: str) -> property:
+    """A part of the call's state that callbacks may set."""
+    return property(
+        lambda pipe: getattr(pipe._call, name),
+        lambda pipe, value: setattr(pipe._call, name, value),
+    )
+
+
 class TransDiffPipeline(
-    TransDiffLoraLoaderMixin,
-    TransDiffSingleFileMixin,
-    TransDiffHubMixin,
-    ClassSetMixin,
-    SequenceMixin,
-    DiffusionPipeline,
+    TransDiffLoraLoaderMixin, TransDiffSingleFileMixin, TransDiffHubMixin, ClassSetMixin, DiffusionPipeline
 ):
     """Class-conditional image generation with TransDiff (arXiv 2506.09482).
 
@@ -124,29 +171,42 @@ class TransDiffPipeline(
         self.vae_scale_factor = VAE_DOWNSAMPLE_FACTOR if vae is None else vae_stride(vae.config)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
-        # What callbacks may ask for while a call is running.
-        self._guidance_scale = 1.0
-        self._attention_kwargs = None
-        self._num_timesteps = 0
-        self._steps_taken, self._images_left = 0, 1
-        self._current_timestep = None
-        self._current_ar_step = None
-        self._interrupt = False
+        # The last call to have begun. Read outside of any call, as diffusers' pipelines are; and set, by a thread that
+        # ends the call of another one.
+        self._last_call = CallState(scheduler)
+
+    @property
+    def _call(self) -> CallState:
+        """The state of the call that runs in this thread, or else of the last one."""
+        return _CALLS.get({}).get(id(self), self._last_call)
+
+    _guidance_scale = _of_call("guidance_scale")
+    _interrupt = _of_call("interrupt")
+
+    @property
+    def scheduler(self) -> SchedulerMixin:
+        """The scheduler; for the callback of a call the one that it steps, a copy if other calls run meanwhile."""
+        call = _CALLS.get({}).get(id(self))
+        return self.__dict__["scheduler"] if call is None else call.scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: SchedulerMixin) -> None:
+        self.__dict__["scheduler"] = scheduler
 
     @property
     def guidance_scale(self) -> float:
         """Guidance of the image being made."""
-        return self._guidance_scale
+        return self._call.guidance_scale
 
     @property
     def attention_kwargs(self) -> dict[str, Any] | None:
         """What the running call hands to the models' `attention_kwargs`."""
-        return self._attention_kwargs
+        return self._call.attention_kwargs
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the image being made needs the unconditional branch."""
-        return self._guidance_scale != 1.0
+        return self._call.guidance_scale != 1.0
 
     @property
     def num_timesteps(self) -> int:
@@ -154,22 +214,22 @@ class TransDiffPipeline(
 
         Where an edit takes fewer steps for its last image, that is known when the last image begins.
         """
-        return self._num_timesteps
+        return self._call.num_timesteps
 
     @property
     def current_timestep(self) -> torch.Tensor | None:
         """Timestep of the step being taken; None outside the loop."""
-        return self._current_timestep
+        return self._call.current_timestep
 
     @property
     def current_ar_step(self) -> int | None:
         """Which image of the AR sequence is being made, 0..N-1; None outside the loop."""
-        return self._current_ar_step
+        return self._call.current_ar_step
 
     @property
     def interrupt(self) -> bool:
         """Set `pipe._interrupt = True` in a callback to end the call with what is there."""
-        return self._interrupt
+        return self._call.interrupt
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """Class ids of one name or a list of names.
@@ -179,14 +239,50 @@ class TransDiffPipeline(
         """
         return [self._class_names.id_of(name) for name in ([label] if isinstance(label, str) else label)]
 
+    @torch.no_grad()
+    def encode_condition(
+        self,
+        class_labels: ClassLabels,
+        reference_latents: torch.Tensor | None = None,
+        cache: list[KeyValueCache] | None = None,
+    ) -> torch.Tensor:
+        """Condition tokens `(B, M, D)` of labels and scaled latents `(B, n, C, s, s)` of earlier images.
+
+        Labels have any form that a call accepts, one for each row of references or one for all; in a tensor of ids,
+        `num_classes` is the null class, the unconditional branch of guidance. With a `cache` from
+        `condition_encoder.new_cache()` a sequence is encoded group by group, see `ARConditionEncoder.forward`.
+        """
+        num_classes = self.condition_encoder.config.num_classes
+        if not isinstance(class_labels, torch.Tensor):
+            class_labels = torch.tensor(parse_class_labels(class_labels, self._class_names, num_classes))
+        elif class_labels.device.type == "cpu":  # elsewhere a look at the ids would wait for the device
+            parse_class_labels(class_labels, self._class_names, num_classes + 1)
+        class_labels = class_labels[None] if class_labels.ndim == 0 else class_labels
+        class_labels = class_labels.to(self._execution_device)
+        if reference_latents is not None:
+            reference_latents = reference_latents.to(self._execution_device)
+            if len(class_labels) == 1:
+                class_labels = class_labels.expand(len(reference_latents))
+        return self._bound_encoder()(class_labels, reference_latents, cache)
+
+    def _bound_encoder(self) -> BoundEncoder:
+        device, dtype = self._execution_device, self.transformer.dtype
+        return BoundEncoder(self.condition_encoder, device, dtype, self.attention_kwargs)
+
     def prepare_latents(
         self,
         batch_size: int,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Initial noise `(B, C, s, s)` in float32, drawn or taken from `latents` (of unit variance)."""
+        """Initial noise `(B, C, s, s)` in float32, drawn or taken from `latents` (of unit variance).
+
+        Raises:
+            TypeError, ValueError: the generator or the latents are not of that batch.
+        """
         shape = self._latents_shape(batch_size)
+        check_latents(latents, shape)
+        check_generator(generator, batch_size)
         device = self._execution_device
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -215,11 +311,12 @@ class TransDiffPipeline(
                 tensors of the loop; may return replacements for these.
             steps: the part of 0..num_inference_steps - 1 to take; `latents` have the σ of its first. All by default.
         """
+        call = self._call
         steps = range(num_inference_steps) if steps is None else steps
         timesteps = self._set_timesteps(num_inference_steps, sigmas, first_step=steps.start)
         # A scheduler of higher order has several timesteps a step.
         indices = range(len(timesteps))[steps.start * self.scheduler.order : steps.stop * self.scheduler.order]
-        self._num_timesteps = self._steps_taken + len(indices) * self._images_left
+        call.num_timesteps = call.steps_taken + len(indices) * call.images_left
         guided_steps = self._guided_steps(timesteps, guidance_interval)
         check_cache(self.transformer, guided_steps)
         projected = self._project_condition(condition)
@@ -231,12 +328,13 @@ class TransDiffPipeline(
             # The bar of the sequence stays on the screen, those of its images come and go.
             progress.leave = self.condition_encoder.num_images == 1
             for i in indices:
-                if self.interrupt:
+                if call.interrupt:
                     break
                 if i == indices[0] or guided_steps[i] != guided_steps[i - 1]:
-                    # What a cache holds is of the image before, or of another batch.
+                    # An approximating cache holds features of the image before, or, where guidance begins or ends,
+                    # of a batch of another size: it must not hand them out for this step.
                     self.transformer._reset_stateful_cache()
-                self._current_timestep = timestep = timesteps[i]
+                call.current_timestep = timestep = timesteps[i]
                 velocity = self._predict_velocity(latents, timestep, projected, guided_steps[i])
                 latents = self.scheduler.step(velocity, timestep, latents, **step_kwargs, return_dict=False)[0]
                 if on_step_end is not None:
@@ -247,7 +345,7 @@ class TransDiffPipeline(
                         projected = self._project_condition(condition)
                 if i == indices[-1] or (i + 1) % self.scheduler.order == 0:
                     progress.update()
-        self._steps_taken += len(indices)
+        call.steps_taken += len(indices)
         return latents
 
     def _project_condition(self, condition: torch.Tensor) -> Condition:
@@ -381,45 +479,40 @@ class TransDiffPipeline(
         Raises:
             ValueError, TypeError: an argument is wrong; the message names it and the remedy.
         """
-        check_scheduler(self.scheduler)
-        check_guidance_interval(guidance_interval)
-        tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        check_output(output_type, tensor_inputs, self._callback_tensor_inputs)
-        check_count("num_images_per_label", num_images_per_label)
-        sigmas = custom_sigmas(sigmas, timesteps, NUM_TRAIN_TIMESTEPS)
-        num_inference_steps = self._check_steps(num_inference_steps, sigmas)
-        check_sequence_arguments(class_labels, condition_embeds, negative_condition_embeds, reference_images)
-        guidance_scales = self._resolve_guidance(guidance_scale, num_ar_steps, condition_embeds)
-        source: ConditionSource
-        with hooks_freed(self):
-            if condition_embeds is None:
-                source = self._label_condition(class_labels, num_images_per_label, guidance_scales)  # type: ignore[arg-type]
-            else:
-                embeds = (condition_embeds, negative_condition_embeds)
-                source = self._given_condition(*embeds, num_images_per_label, guidance_scales, attention_kwargs)
-            batch_size = source.batch_size
-            check_latents(latents, self._latents_shape(batch_size))
-            check_generator(generator, batch_size)
+        settings = self.check_inputs(
+            class_labels=class_labels,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            num_images_per_label=num_images_per_label,
+            sigmas=sigmas,
+            guidance_interval=guidance_interval,
+            attention_kwargs=attention_kwargs,
+            timesteps=timesteps,
+            reference_images=reference_images,
+            num_ar_steps=num_ar_steps,
+            condition_embeds=condition_embeds,
+            negative_condition_embeds=negative_condition_embeds,
+        )
+        with self._begin_call(settings) as call:
+            source = self._condition_source(settings, condition_embeds, negative_condition_embeds)
+            # One initial noise for all images of the sequence: only the condition and the steps' noise differ.
+            noise = self.prepare_latents(source.batch_size, generator, latents)
             references = None
             if reference_images is not None:
-                num_labels = batch_size // num_images_per_label
-                references = reference_latents(self, reference_images, num_labels, len(guidance_scales))
+                num_labels = source.batch_size // num_images_per_label
+                references = reference_latents(self, reference_images, num_labels, len(settings.guidance_scales))
                 references = references.repeat_interleave(num_images_per_label, dim=0)
+            on_step_end = self._step_callback(settings)
 
-            # One initial noise for all images of the sequence: only the condition and the steps' noise differ.
-            noise = self.prepare_latents(batch_size, generator, latents)
+            def make_image(condition: torch.Tensor) -> torch.Tensor:
+                return self.denoise(noise, condition, on_step_end=on_step_end, **settings.denoising)
 
-            denoise = partial(
-                self.denoise,
-                noise,
-                num_inference_steps=num_inference_steps,
-                sigmas=sigmas,
-                guidance_interval=guidance_interval,
-                generator=generator,
-                on_step_end=self._step_callback(callback_on_step_end, tensor_inputs),
-            )
-            sequence = self._run_sequence(source, guidance_scales, denoise, attention_kwargs, references)
-
+            sequence = self._make_sequence(call, settings, source, make_image, references)
             images = self.decode_latents(sequence[-1], output_type)
             intermediates = None
             if return_intermediates:
@@ -428,25 +521,145 @@ class TransDiffPipeline(
             return (images,) if intermediates is None else (images, intermediates)
         return TransDiffPipelineOutput(images=images, intermediates=intermediates)
 
-    def _step_callback(
-        self, callback: Callable[..., dict[str, Any] | None] | None, tensor_inputs: Sequence[str]
-    ) -> StepCallback | None:
+    def check_inputs(
+        self,
+        class_labels: ClassLabels | None,
+        guidance_scale: float | list[float] | None,
+        num_inference_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        num_images_per_label: int,
+        sigmas: Sequence[float] | None,
+        guidance_interval: tuple[float, float] | None,
+        attention_kwargs: dict[str, Any] | None,
+        timesteps: Sequence[float] | None,
+        reference_images: ReferenceImages | None = None,
+        num_ar_steps: int | None = None,
+        condition_embeds: ConditionEmbeds | None = None,
+        negative_condition_embeds: ConditionEmbeds | None = None,
+    ) -> CallSettings:
+        """Check the arguments of a call, before any work; the editing pipelines' too. See `__call__`.
+
+        `prepare_latents` checks what depends on the size of the batch, which a function that makes the condition
+        decides.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong; the message names it and the remedy.
+        """
+        check_scheduler(self.scheduler)
+        check_guidance_interval(guidance_interval)
+        tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        check_output(output_type, tensor_inputs, self._callback_tensor_inputs)
+        check_count("num_images_per_label", num_images_per_label)
+        grid = custom_sigmas(sigmas, timesteps, NUM_TRAIN_TIMESTEPS)
+        num_inference_steps = check_steps(self.scheduler, num_inference_steps, grid)
+        check_sequence_arguments(class_labels, condition_embeds, negative_condition_embeds, reference_images)
+        encoder = self.condition_encoder
+        guidance_scales = resolve_guidance(
+            guidance_scale,
+            recommended=self.config.guidance_scale,
+            num_images=encoder.num_images,
+            num_ar_steps=num_ar_steps,
+            single_condition=isinstance(condition_embeds, torch.Tensor),
+        )
+        label_ids = None
+        if condition_embeds is None:
+            label_ids = tuple(parse_class_labels(class_labels, self._class_names, encoder.config.num_classes))  # type: ignore[arg-type]
+        return CallSettings(
+            label_ids=label_ids,
+            num_images_per_label=num_images_per_label,
+            guidance_scales=guidance_scales,
+            guidance_interval=guidance_interval,
+            num_inference_steps=num_inference_steps,
+            sigmas=None if grid is None else tuple(grid),
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            tensor_inputs=tuple(tensor_inputs),
+            attention_kwargs=attention_kwargs,
+        )
+
+    @contextmanager
+    def _begin_call(self, settings: CallSettings) -> Iterator[CallState]:
+        """The state of a call, its own for as long as it runs; at its end offloaded weights are given back.
+
+        Raises:
+            RuntimeError: it overlaps with a call that it cannot share the models with.
+        """
+        models = [model for model in (self.condition_encoder, self.transformer, self.vae) if model is not None]
+        held = state_held_by(models, settings.attention_kwargs)
+        with admitted(models, self.scheduler, held) as scheduler, hooks_freed(self):
+            call = self._last_call = CallState(scheduler, settings.attention_kwargs)
+            token = _CALLS.set({**_CALLS.get({}), id(self): call})
+            try:
+                yield call
+            finally:
+                _CALLS.reset(token)
+                # The rest can be read when the call has ended.
+                call.current_ar_step = call.current_timestep = call.attention_kwargs = None
+
+    def _condition_source(
+        self,
+        settings: CallSettings,
+        condition_embeds: ConditionEmbeds | None,
+        negative_condition_embeds: ConditionEmbeds | None,
+    ) -> LabelCondition | GivenCondition:
+        encode, copies = self._bound_encoder(), settings.num_images_per_label
+        if condition_embeds is not None:
+            return GivenCondition(encode, condition_embeds, negative_condition_embeds, settings.guided, copies)
+        labels = [label for label in settings.label_ids or () for _ in range(copies)]
+        return LabelCondition(encode, labels, settings.guided, len(settings.guidance_scales))
+
+    def _make_sequence(
+        self,
+        call: CallState,
+        settings: CallSettings,
+        source: LabelCondition | GivenCondition,
+        make_image: Callable[[torch.Tensor], torch.Tensor],
+        references: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """The AR loop: latents of the images after the references `(B, n, C, s, s)`, each made from its condition."""
+        num_images, num_references = len(settings.guidance_scales), 0 if references is None else references.shape[1]
+        call.images_left = num_images - num_references
+        sequence: list[torch.Tensor] = []
+        unseen = references
+        with self._sequence_progress(call.images_left) as progress:
+            for ar_step in range(num_references, num_images):
+                call.current_ar_step = ar_step
+                scale = settings.guidance_scales[ar_step]
+                if ar_step == num_references or scale != settings.guidance_scales[ar_step - 1]:
+                    # Otherwise the scale stays, because a callback may have changed it for all images that share it.
+                    call.guidance_scale = scale
+                condition = source.extend(unseen)
+                sequence.append(make_image(condition))
+                unseen = sequence[-1].unsqueeze(1)
+                call.images_left -= 1
+                progress.update()
+                if call.interrupt:
+                    break
+        return sequence
+
+    def _sequence_progress(self, num_images: int) -> Any:
+        """Progress over the images of an AR sequence; a single image needs no bar beside that of its steps."""
+        if num_images == 1:
+            return tqdm(disable=True)
+        progress = self.progress_bar(total=num_images)
+        progress.set_description("images of the sequence")
+        return progress
+
+    def _step_callback(self, settings: CallSettings) -> StepCallback | None:
         """A user's `callback_on_step_end` as the loop calls it, with steps counted over the whole sequence."""
+        callback = settings.callback_on_step_end
         if callback is None:
             return None
         steps = count()
 
         def on_step_end(_: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return callback(self, next(steps), timestep, {name: tensors[name] for name in tensor_inputs}) or {}
+            given = {name: tensors[name] for name in settings.tensor_inputs}
+            return callback(self, next(steps), timestep, given) or {}
 
         return on_step_end
-
-    def _check_steps(self, num_inference_steps: int, sigmas: Sequence[float] | None) -> int:
-        """The number of steps, which a time grid of the caller's own decides."""
-        if sigmas is None:
-            check_count("num_inference_steps", num_inference_steps)
-            return num_inference_steps
-        reads_sigmas = "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters
-        if not reads_sigmas or type(self.scheduler).__name__ in OWN_FORM_OF_SIGMAS:
-            raise ValueError(f"{type(self.scheduler).__name__} takes no custom sigmas; pass num_inference_steps")
-        return len(sigmas)

@@ -7,7 +7,8 @@ import torch
 from diffusers.image_processor import PipelineImageInput
 
 from .class_labels import ClassLabels
-from .editing import CallSettings, References, TransDiffEditingPipeline
+from .editing import References, TransDiffEditingPipeline
+from .pipeline_transdiff import TransDiffPipelineOutput
 
 
 class TransDiffImg2ImgPipeline(TransDiffEditingPipeline):
@@ -62,14 +63,13 @@ class TransDiffImg2ImgPipeline(TransDiffEditingPipeline):
 
         The other arguments are those of `TransDiffPipeline.__call__`.
         """
-        settings = CallSettings(
+        settings = self.check_inputs(
             class_labels=class_labels,
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             generator=generator,
             latents=latents,
             output_type=output_type,
-            return_dict=return_dict,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             num_images_per_label=num_images_per_label,
@@ -78,4 +78,6 @@ class TransDiffImg2ImgPipeline(TransDiffEditingPipeline):
             attention_kwargs=attention_kwargs,
             timesteps=timesteps,
         )
-        return self._edit(image, strength, references, settings)
+        inputs = self._check_edit(settings, image, strength, references)
+        images = self._edit(settings, inputs, references)
+        return TransDiffPipelineOutput(images=images) if return_dict else (images,)

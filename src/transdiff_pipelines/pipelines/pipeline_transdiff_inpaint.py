@@ -7,7 +7,8 @@ import torch
 from diffusers.image_processor import PipelineImageInput
 
 from .class_labels import ClassLabels
-from .editing import CallSettings, References, TransDiffEditingPipeline
+from .editing import References, TransDiffEditingPipeline
+from .pipeline_transdiff import TransDiffPipelineOutput
 
 
 class TransDiffInpaintPipeline(TransDiffEditingPipeline):
@@ -74,14 +75,13 @@ class TransDiffInpaintPipeline(TransDiffEditingPipeline):
 
         The other arguments are those of `TransDiffPipeline.__call__`.
         """
-        settings = CallSettings(
+        settings = self.check_inputs(
             class_labels=class_labels,
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             generator=generator,
             latents=latents,
             output_type=output_type,
-            return_dict=return_dict,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             num_images_per_label=num_images_per_label,
@@ -91,4 +91,6 @@ class TransDiffInpaintPipeline(TransDiffEditingPipeline):
             timesteps=timesteps,
         )
         mask = self._preprocess_mask(mask_image)
-        return self._edit(image, strength, references, settings, mask, jump_length, jump_n_sample)
+        inputs = self._check_edit(settings, image, strength, references, mask, jump_length, jump_n_sample)
+        images = self._edit(settings, inputs, references)
+        return TransDiffPipelineOutput(images=images) if return_dict else (images,)
