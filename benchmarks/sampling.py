@@ -148,7 +148,7 @@ def decode_seconds(peers: Sequence[Peer], setting: Setting) -> float | None:
     ours = next((peer for peer in peers if isinstance(peer, OurPipeline)), None)
     if ours is None:
         return None
-    latents = torch.randn(ours.pipeline._latents_shape(setting.batch_size), device=setting.device)
+    latents = torch.randn(ours.pipeline.latents_shape(setting.batch_size), device=setting.device)
     seconds = []
     for _ in range(2):
         synchronize(setting.device)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny import tiny_pipeline
 from typer.testing import Result
 
-from transdiff_pipelines import TransDiffPipeline, generation, loaders
+from transdiff_pipelines import TransDiffPipeline, convert_original_checkpoint, generation, loaders
 from transdiff_pipelines.generation import SCHEDULER_CLASSES, GenerationSettings
 
 
@@ -411,7 +411,7 @@ def test_interrupted_single_files_are_whole(model: str, monkeypatch: pytest.Monk
 def test_convert_stores_what_the_converter_returns() -> None:
     result = run("convert", CHECKPOINT, "--vae", VAE, "--num-attention-heads", 2, "--output", "converted")
     assert result.exit_code == 0, result.output
-    expected = loaders.convert_original_checkpoint(CHECKPOINT, VAE, num_attention_heads=2)
+    expected = convert_original_checkpoint(CHECKPOINT, VAE, num_attention_heads=2)
     stored = TransDiffPipeline.from_pretrained("converted")
     for part in ("condition_encoder", "transformer", "vae"):
         for name, tensor in getattr(expected, part).state_dict().items():

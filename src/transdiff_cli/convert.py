@@ -47,8 +47,9 @@ def convert(
     with one_line_errors(debug):
         import torch
 
+        from transdiff_pipelines import convert_original_checkpoint
         from transdiff_pipelines.files import refuse_existing
-        from transdiff_pipelines.loaders import convert_original_checkpoint, download_original, save_converted
+        from transdiff_pipelines.loaders import download_original, save_converted
         from transdiff_pipelines.presets import ORIGINAL_REPOSITORY, PUBLISHED
 
         refuse_existing(output)

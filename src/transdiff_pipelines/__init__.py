@@ -9,7 +9,6 @@ from pathlib import Path
 # The base classes are exported for diffusers' loader, which looks for them here (see registration.py).
 from diffusers import ModelMixin, SchedulerMixin
 
-from .loaders import convert_original_checkpoint
 from .models import ARConditionEncoder, TransDiffTransformer2DModel
 from .models.ar_condition_encoder import ARTransformerBlock
 from .models.attention import TransDiffAttnProcessor
@@ -19,6 +18,7 @@ from .pipelines import (
     TransDiffInpaintPipeline,
     TransDiffPipeline,
     blend_conditions,
+    convert_original_checkpoint,
     pad_for_outpainting,
 )
 from .registration import register_hook_targets, register_with_diffusers

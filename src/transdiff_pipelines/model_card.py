@@ -361,7 +361,7 @@ def _saved_facts(folder: Path) -> list[str]:
 def _facts(pipeline: Any) -> list[str]:
     """Architecture and settings of a pipeline in memory."""
     encoder, transformer = pipeline.condition_encoder, pipeline.transformer
-    resolution = transformer.config.sample_size * pipeline.vae_scale_factor
+    resolution = pipeline.image_side
     parameters = encoder.num_parameters() + transformer.num_parameters()
     scales = (pipeline.scheduler.config.get(name) for name in ("drift_scale", "diffusion_scale"))
     return [

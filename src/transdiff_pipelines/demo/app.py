@@ -55,7 +55,7 @@ def build(pipe: TransDiffPipeline, model: str | None = None) -> gr.Blocks:
     num_images = pipe.condition_encoder.num_images
     names = {label: _name(pipe, label) for label in range(pipe.condition_encoder.config.num_classes)}
     choices = [(name if name == str(label) else f"{name} ({label})", label) for label, name in names.items()]
-    pixelated = ["pixelated"] if pipe.transformer.config.sample_size * pipe.vae_scale_factor <= 64 else []
+    pixelated = ["pixelated"] if pipe.image_side <= 64 else []
 
     def request(*values: Any) -> DemoRequest:
         return make_request(pipe, model, *values)

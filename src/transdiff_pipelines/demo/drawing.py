@@ -15,7 +15,6 @@ from PIL import Image
 
 from transdiff_pipelines import TransDiffPipeline, blend_conditions
 from transdiff_pipelines.generation import make_scheduler, with_scheduler
-from transdiff_pipelines.pipelines.reference_images import reference_latents
 
 from .request import DemoRequest
 
@@ -130,5 +129,5 @@ def _given_images(pipe: TransDiffPipeline, request: DemoRequest) -> list[list[Im
     """The uploaded picture as the model sees it, once for each image; nothing without one."""
     if request.reference is None:
         return []
-    latents = reference_latents(pipe, [request.reference], 1, pipe.condition_encoder.num_images)
+    latents = pipe.encode_references([request.reference], 1, pipe.condition_encoder.num_images)
     return [pipe.decode_latents(latents[:, 0]) * request.num_images]

@@ -1,6 +1,5 @@
 from .hub import TransDiffHubMixin
 from .lora import TransDiffLoraLoaderMixin
-from .original_checkpoint import convert_original_checkpoint
 from .original_repository import (
     download_original,
     explain_original_repository,
@@ -13,7 +12,6 @@ __all__ = [
     "TransDiffHubMixin",
     "TransDiffLoraLoaderMixin",
     "TransDiffSingleFileMixin",
-    "convert_original_checkpoint",
     "download_original",
     "explain_original_repository",
     "save_converted",

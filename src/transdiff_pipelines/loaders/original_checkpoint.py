@@ -7,7 +7,7 @@ the file may be wrong, so it is never read).
 import math
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -22,9 +22,6 @@ from .checkpoint_file import read_original_weights
 from .key_table import KeyRow, check_names, convert_weights, count_blocks, dimension, module_rows
 from .original_vae import is_vae, load_original_vae
 
-
-if TYPE_CHECKING:
-    from ..pipelines.pipeline_transdiff import TransDiffPipeline
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -72,41 +69,6 @@ DECODER_BLOCK = {
 }
 
 
-def convert_original_checkpoint(
-    checkpoint: str | os.PathLike[str],
-    vae_checkpoint: str | os.PathLike[str] | AutoencoderKL,
-    num_attention_heads: int | None = None,
-    preset: str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> "TransDiffPipeline":
-    """Build a pipeline from the authors' `.pth` files; `pipeline.save_pretrained(folder)` then stores it.
-
-    The exponential-moving-average weights are taken. A checkpoint with the shapes of a published model gets the
-    guidance, drift and diffusion scales published for it, any other one gets 1.0 for all three.
-
-    Args:
-        checkpoint: a released TransDiff `checkpoint-last.pth`.
-        vae_checkpoint: the released VAE's `checkpoint-last.pth`, a folder with an `AutoencoderKL`, or the model,
-            which is taken as it is.
-        num_attention_heads: heads in both parts, for widths other than those of the published sizes: heads leave no
-            trace in the shapes.
-        preset: a published model (its folder in the authors' repository, e.g. "transdiff_l_mrar") whose sampling
-            settings to use, for a checkpoint with other shapes, e.g. one fine-tuned on other classes.
-        dtype: the weights' type in the pipeline.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is unreadable or another model's, its weights' names or shapes do not fit, the head count
-            is unknown or impossible, or `preset` is unknown or contradicts the shapes.
-    """
-    # Imported here because the pipeline's own from_single_file is built on this module.
-    from ..pipelines.pipeline_transdiff import TransDiffPipeline
-
-    return TransDiffPipeline(
-        **load_original_components(checkpoint, vae_checkpoint, num_attention_heads, preset, dtype)
-    )
-
-
 def load_original_components(
     checkpoint: str | os.PathLike[str],
     vae: str | os.PathLike[str] | AutoencoderKL,
@@ -114,7 +76,7 @@ def load_original_components(
     preset: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """The arguments of `TransDiffPipeline`, from released files; see `convert_original_checkpoint`."""
+    """The arguments of `TransDiffPipeline`, from released files; see `convert_original_checkpoint` for these here."""
     weights = read_original_weights(checkpoint)
     if is_vae(weights):
         raise ValueError(f"{checkpoint} is a VAE, not a TransDiff checkpoint; are the two arguments swapped?")

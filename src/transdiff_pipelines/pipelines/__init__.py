@@ -1,4 +1,5 @@
 from .condition_blending import blend_conditions
+from .conversion import convert_original_checkpoint
 from .outpainting import pad_for_outpainting
 from .pipeline_transdiff import TransDiffPipeline, TransDiffPipelineOutput
 from .pipeline_transdiff_img2img import TransDiffImg2ImgPipeline
@@ -11,5 +12,6 @@ __all__ = [
     "TransDiffPipeline",
     "TransDiffPipelineOutput",
     "blend_conditions",
+    "convert_original_checkpoint",
     "pad_for_outpainting",
 ]

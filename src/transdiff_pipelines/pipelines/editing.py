@@ -117,11 +117,6 @@ class TransDiffEditingPipeline(TransDiffPipeline):
     pixel_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
     mask_processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True)
 
-    @property
-    def image_side(self) -> int:
-        """Height and width, in pixels, of the images that this model edits."""
-        return self.transformer.config.sample_size * self.vae_scale_factor
-
     def _edit(self, settings: CallSettings, inputs: EditInputs, references: References) -> Any:
         """Encode the image, denoise it under the class, decode and composite."""
         with self._begin_call(settings) as call:
@@ -162,9 +157,9 @@ class TransDiffEditingPipeline(TransDiffPipeline):
         steps = edit_steps(settings.num_inference_steps, strength)
         if jump_n_sample > 1 and steps.start == 0 and jump_length >= len(steps):
             raise ValueError(f"jump_length is {jump_length}, but only jumps shorter than the {len(steps)} steps count")
-        latents_given = is_latents(image, self._latents_shape(1))
+        latents_given = is_latents(image, self.latents_shape(1))
         if latents_given:
-            picture = image.reshape(-1, *self._latents_shape(1)[1:])
+            picture = image.reshape(-1, *self.latents_shape(1)[1:])
         else:
             check_images(image, self.image_side)
             picture = self.pixel_processor.preprocess(image).float()

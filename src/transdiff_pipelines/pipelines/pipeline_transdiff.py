@@ -60,7 +60,7 @@ from .conditions import (
 )
 from .hooks import check_cache, has_hooked_parts, hooks_freed, state_held_by
 from .overlapping_calls import admitted
-from .reference_images import ReferenceImages, reference_latents
+from .reference_images import ReferenceImages, load_references
 
 
 # float32 sigmas of a grid against the bounds of an interval.
@@ -280,7 +280,7 @@ class TransDiffPipeline(
         Raises:
             TypeError, ValueError: the generator or the latents are not of that batch.
         """
-        shape = self._latents_shape(batch_size)
+        shape = self.latents_shape(batch_size)
         check_latents(latents, shape)
         check_generator(generator, batch_size)
         device = self._execution_device
@@ -288,7 +288,13 @@ class TransDiffPipeline(
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
-    def _latents_shape(self, batch_size: int) -> tuple[int, ...]:
+    @property
+    def image_side(self) -> int:
+        """Height and width, in pixels, of the images that this model makes and edits."""
+        return self.transformer.config.sample_size * self.vae_scale_factor
+
+    def latents_shape(self, batch_size: int) -> tuple[int, ...]:
+        """`(B, C, s, s)` of the latents of so many images."""
         config = self.transformer.config
         return (batch_size, config.in_channels, config.sample_size, config.sample_size)
 
@@ -415,6 +421,16 @@ class TransDiffPipeline(
         latents = self.vae.encode(pixels).latent_dist.mode().float()
         return scale_latents(latents, self.vae.config)
 
+    def encode_references(self, reference_images: ReferenceImages, num_labels: int, num_ar_steps: int) -> torch.Tensor:
+        """Scaled latents `(B, n, C, s, s)` of the images that start the AR sequences of B labels.
+
+        See `reference_images.load_references` for what they may be, and for errors.
+        """
+        shape = self.latents_shape(1)[1:]
+        images = load_references(reference_images, num_labels, num_ar_steps, shape, self.image_side)
+        latents = [image if image.shape == shape else self.encode_image(image[None])[0] for image in images]
+        return torch.stack(latents).to(self._execution_device, torch.float32).unflatten(0, (num_labels, -1))
+
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Scaled latents `(B, C, s, s)` to images of the `output_type`; "latent" gives them back as they are."""
         if output_type == "latent":
@@ -466,7 +482,7 @@ class TransDiffPipeline(
             attention_kwargs: `{"scale": s}` weighs the active LoRA adapters by s in this call.
             timesteps: `sigmas` in the transformer's unit, 1000 σ.
             reference_images: with MRAR, images that start the sequence in place of generated ones: a list of n for
-                each label, see `reference_images.reference_latents` for what they may be; N - n images are made.
+                each label, see `reference_images.load_references` for what they may be; N - n images are made.
             num_ar_steps: stop after this image of the sequence, given ones counted; all N by default.
             condition_embeds: instead of labels, condition tokens `(B, M, D)` to decode one image from, any number of
                 them; or a function that makes those of each image of the sequence, called with the images so far
@@ -505,7 +521,7 @@ class TransDiffPipeline(
             references = None
             if reference_images is not None:
                 num_labels = source.batch_size // num_images_per_label
-                references = reference_latents(self, reference_images, num_labels, len(settings.guidance_scales))
+                references = self.encode_references(reference_images, num_labels, len(settings.guidance_scales))
                 references = references.repeat_interleave(num_images_per_label, dim=0)
             on_step_end = self._step_callback(settings)
 

@@ -1,4 +1,4 @@
-"""Images that a user gives a pipeline: to pixels of the model's size, and to scaled latents.
+"""Images that a user gives to start AR sequences with: paths, pictures, arrays to pixels of the model's size.
 
 Shapes: B sequences, n reference images each, C latent channels, s latent side, H = W pixels.
 """
@@ -6,7 +6,7 @@ Shapes: B sequences, n reference images each, C latent channels, s latent side, 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -15,19 +15,16 @@ from PIL import Image, ImageOps
 from .image_inputs import check_images, is_latents
 
 
-if TYPE_CHECKING:
-    from .pipeline_transdiff import TransDiffPipeline
-
 # One of these for each image: a PIL image, an array or a tensor in [0, 1], a path, or scaled latents (C, s, s).
 ReferenceImages = Sequence[Any] | torch.Tensor
 
 _PROCESSOR = VaeImageProcessor(do_resize=False, do_normalize=False)
 
 
-def reference_latents(
-    pipe: "TransDiffPipeline", reference_images: ReferenceImages, num_labels: int, num_ar_steps: int
-) -> torch.Tensor:
-    """Scaled latents `(B, n, C, s, s)` of the images that start the AR sequences of B labels.
+def load_references(
+    reference_images: ReferenceImages, num_labels: int, num_ar_steps: int, latents_shape: tuple[int, ...], side: int
+) -> list[torch.Tensor]:
+    """The B n images that start the AR sequences of B labels, sequence by sequence: pixels or latents, as given.
 
     Args:
         reference_images: for each label a list of n images of its class; for a single label the list alone will do;
@@ -36,25 +33,27 @@ def reference_latents(
             holds scaled latents.
         num_labels: B.
         num_ar_steps: images of the sequence, the references counted.
+        latents_shape: `(C, s, s)`.
+        side: H.
+
+    Returns:
+        For each image a tensor of pixels `(3, H, W)` in [0, 1], or of scaled latents `(C, s, s)`.
 
     Raises:
         ValueError, TypeError: too many images for the sequence, lists that do not fit the labels, or an image that
             cannot be used.
     """
-    shape = pipe._latents_shape(1)[1:]
     if isinstance(reference_images, torch.Tensor):
-        if reference_images.ndim != 5 or tuple(reference_images.shape[2:]) != shape:
+        if reference_images.ndim != 5 or tuple(reference_images.shape[2:]) != latents_shape:
             raise ValueError(
                 f"reference_images is a tensor of shape {tuple(reference_images.shape)}; expected scaled latents "
-                f"({num_labels}, n, {', '.join(map(str, shape))}); pass images as a list"
+                f"({num_labels}, n, {', '.join(map(str, latents_shape))}); pass images as a list"
             )
         _check_counts([reference_images.shape[1]] * len(reference_images), num_labels, num_ar_steps)
-        return reference_images.to(pipe._execution_device, torch.float32)
+        return list(reference_images.flatten(0, 1))
     groups = _as_groups(reference_images, num_labels)
     _check_counts([len(group) for group in groups], num_labels, num_ar_steps)
-    pictures = [_load(image, shape, _image_side(pipe)) for group in groups for image in group]
-    latents = [picture if picture.shape == shape else pipe.encode_image(picture[None])[0] for picture in pictures]
-    return torch.stack(latents).to(pipe._execution_device, torch.float32).unflatten(0, (num_labels, -1))
+    return [_load(image, latents_shape, side) for group in groups for image in group]
 
 
 def _as_groups(images: Any, num_labels: int) -> list[list[Any]]:
@@ -82,10 +81,6 @@ def _check_counts(counts: list[int], num_labels: int, num_ar_steps: int) -> None
             f"reference_images has {counts} images per label; expected the same number for all, from 1 to "
             f"{num_ar_steps - 1}: the sequence has {num_ar_steps} images and the last is generated"
         )
-
-
-def _image_side(pipe: "TransDiffPipeline") -> int:
-    return pipe.transformer.config.sample_size * pipe.vae_scale_factor
 
 
 def _load(image: Any, latents_shape: tuple[int, ...], side: int) -> torch.Tensor:
