@@ -1,6 +1,6 @@
 """What the samplers of this package share: the place on a time grid, and diffusers' scheduler surface."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..latents import noise_latents
 _ALWAYS_HANDED_ON = {"prediction_type", "use_flow_sigmas", "flow_shift", "shift", "lower_order_final"}
 
 
-class FlowMatchScheduler(SchedulerMixin, ConfigMixin):
+class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
     """Base of the schedulers for the linear path x_σ = (1 - σ) x₀ + σ ε.
 
     A subclass says in `_default_grid` where the model is called, in `_adds_noise` whether steps draw noise and in
