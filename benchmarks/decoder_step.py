@@ -19,10 +19,10 @@ from transdiff_pipelines.latents import pack_latents
 from transdiff_pipelines.loaders.original_checkpoint import DECODER, key_table
 from transdiff_pipelines.presets import PublishedModel, published_model
 
-from .machine import CallClock, describe
-from .operations import count_flops
-from .reference import TorchWith, import_released
-from .report import command_line, write_json
+from .common.machine import CallClock, describe
+from .common.operations import count_flops
+from .common.reference import TorchWith, import_released
+from .common.report import command_line, write_json
 
 
 def released_decoder(checkout: Path, model: PublishedModel) -> torch.nn.Module:

@@ -29,10 +29,10 @@ from training.digits.quality import (
 )
 from transdiff_pipelines import DIGITS, FlowMatchEulerMaruyamaScheduler, TransDiffPipeline
 
-from .known_flows import fitted_order, gaussian_errors, mixture_error, model_calls
-from .machine import describe
-from .report import command_line, markdown_table, plt, save_figure, write_json, write_text
-from .samplers import EULER_MARUYAMA, FIXED_GRID, Sampler, time_grids
+from .common.known_flows import fitted_order, gaussian_errors, mixture_error, model_calls
+from .common.machine import describe
+from .common.report import command_line, markdown_table, plt, save_figure, write_json, write_text
+from .common.samplers import EULER_MARUYAMA, FIXED_GRID, Sampler, time_grids
 
 
 FLOW_CALLS = (5, 8, 10, 15, 20, 40, 80, 160, 320)

@@ -20,9 +20,9 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from transdiff_pipelines.presets import published_model
 
-from .machine import DTYPES, CallClock, PeakMemory, describe
-from .peers import OurPipeline, Setting, random_pipeline
-from .report import command_line, markdown_table, plt, save_figure, significant, write_json, write_text
+from .common.machine import DTYPES, CallClock, PeakMemory, describe
+from .common.peers import OurPipeline, Setting, random_pipeline
+from .common.report import command_line, markdown_table, plt, save_figure, significant, write_json, write_text
 
 
 @dataclass(frozen=True)

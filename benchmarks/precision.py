@@ -22,9 +22,9 @@ from transdiff_pipelines import TransDiffPipeline, convert_original_checkpoint
 from transdiff_pipelines.latents import unpack_latents
 from transdiff_pipelines.presets import published_model
 
-from .machine import DTYPES, describe
-from .peers import random_pipeline, recorded_step_noise
-from .report import command_line, markdown_table, write_json, write_text
+from .common.machine import DTYPES, describe
+from .common.peers import random_pipeline, recorded_step_noise
+from .common.report import command_line, markdown_table, write_json, write_text
 
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "fixtures" / "golden"

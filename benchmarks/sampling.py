@@ -23,10 +23,10 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from transdiff_pipelines.presets import PUBLISHED, published_model
 
-from .machine import DTYPES, CallClock, PeakMemory, describe, matrix_product_rate, synchronize
-from .operations import Operations, limit_arithmetic
-from .peers import DIT_STEPS, OurFloat32, OurPipeline, Peer, ReleasedCode, Setting, load_peers
-from .report import command_line, markdown_table, plt, save_figure, significant, write_json, write_text
+from .common.machine import DTYPES, CallClock, PeakMemory, describe, matrix_product_rate, synchronize
+from .common.operations import Operations, limit_arithmetic
+from .common.peers import DIT_STEPS, OurFloat32, OurPipeline, Peer, ReleasedCode, Setting, load_peers
+from .common.report import command_line, markdown_table, plt, save_figure, significant, write_json, write_text
 
 
 # Seconds per image in the paper's Table 1, on a GPU of the A800 class.

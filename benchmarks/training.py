@@ -32,10 +32,10 @@ from transdiff_pipelines import ARConditionEncoder, TransDiffTransformer2DModel
 from transdiff_pipelines.loaders.original_checkpoint import load_original_components
 from transdiff_pipelines.presets import PublishedModel, published_model
 
-from .machine import CallClock, describe
-from .peers import random_components
-from .reference import ReleasedModel
-from .report import command_line, markdown_table, significant, write_json, write_text
+from .common.machine import CallClock, describe
+from .common.peers import random_components
+from .common.reference import ReleasedModel
+from .common.report import command_line, markdown_table, significant, write_json, write_text
 
 
 DIFFUSION_BATCH_MUL = {1: 4, 4: 2}

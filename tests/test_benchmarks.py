@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny import seeded, tiny_pipeline
 
-from benchmarks import few_steps, growth, peers, precision, sampling, training
-from benchmarks.known_flows import (
+from benchmarks import few_steps, growth, precision, sampling, training
+from benchmarks.common import peers
+from benchmarks.common.known_flows import (
     MEAN,
     STD,
     fitted_order,
@@ -19,12 +20,12 @@ from benchmarks.known_flows import (
     model_calls,
     wasserstein_1,
 )
-from benchmarks.machine import CallClock, PeakMemory
-from benchmarks.operations import Operations, count_flops, limit_arithmetic
-from benchmarks.peers import OurPipeline, Setting, recorded_step_noise
-from benchmarks.reference import constructor_arguments, import_released
-from benchmarks.report import markdown_table, significant
-from benchmarks.samplers import EULER_MARUYAMA, FIXED_GRID, HEUN_ODE, SDE_1, SDE_2, time_grids
+from benchmarks.common.machine import CallClock, PeakMemory
+from benchmarks.common.operations import Operations, count_flops, limit_arithmetic
+from benchmarks.common.peers import OurPipeline, Setting, recorded_step_noise
+from benchmarks.common.reference import constructor_arguments, import_released
+from benchmarks.common.report import markdown_table, significant
+from benchmarks.common.samplers import EULER_MARUYAMA, FIXED_GRID, HEUN_ODE, SDE_1, SDE_2, time_grids
 from transdiff_pipelines import FlowMatchEulerMaruyamaScheduler
 from transdiff_pipelines.presets import SIZES, published_model
 
@@ -170,7 +171,7 @@ class TestKnownFlows:
 
 
 def few_steps_samples(scheduler, draw):
-    from benchmarks.known_flows import integrate
+    from benchmarks.common.known_flows import integrate
 
     return integrate(scheduler, gaussian_velocity(), draw(), draw)[1]
 

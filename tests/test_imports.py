@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 # each other. A module has the place of the longest name here that it begins with.
 ORDER = """
 benchmarks
+benchmarks.common
 training
 training.data training.model training.distributed training.outputs
 training.settings
