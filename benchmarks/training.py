@@ -29,6 +29,7 @@ from training.model.ema import WeightAverage
 from training.model.loss import logit_normal_timesteps, tile
 from training.settings.config import OptimizerConfig
 from transdiff_pipelines import ARConditionEncoder, TransDiffTransformer2DModel
+from transdiff_pipelines.latents import NUM_TRAIN_TIMESTEPS, noise_latents
 from transdiff_pipelines.loaders.original_checkpoint import load_original_components
 from transdiff_pipelines.presets import PublishedModel, published_model
 
@@ -146,8 +147,8 @@ def noisy_and_target(clean: Tensor, timesteps: Tensor, noise: Tensor, groups: in
     """Noisy latents and velocities of `groups` batches of clean latents, each tiled as its timesteps ask."""
     times = len(timesteps) // len(clean)
     clean = torch.cat([tile(part, times) for part in clean.chunk(groups)])
-    sigma = (timesteps / 1000).view(-1, 1, 1, 1)
-    return (1 - sigma) * clean + sigma * noise, noise - clean
+    sigma = (timesteps / NUM_TRAIN_TIMESTEPS).view(-1, 1, 1, 1)
+    return noise_latents(clean, noise, sigma), noise - clean
 
 
 def same_weights(checkout: Path, model: PublishedModel, device: torch.device) -> tuple[TrainingModel, ReleasedModel]:
