@@ -11,25 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.data.batches import NUM_TRAIN_TIMESTEPS
 from transdiff_pipelines import ARConditionEncoder, TransDiffTransformer2DModel
-
-
-NUM_TRAIN_TIMESTEPS = 1000
-
-
-def truncate_timesteps(time: Tensor) -> Tensor:
-    """Times in [0, 1] to integer timesteps in [0, 1000): `floor(1000 t)`."""
-    return (time * NUM_TRAIN_TIMESTEPS).long().clamp(0, NUM_TRAIN_TIMESTEPS - 1)
-
-
-def logit_normal_timesteps(normal: Tensor) -> Tensor:
-    """Standard normal numbers to logit-normal integer timesteps: `floor(1000 sigmoid(z))`."""
-    return truncate_timesteps(normal.double().sigmoid())
-
-
-def drop_labels(labels: Tensor, dropped: Tensor, num_classes: int) -> Tensor:
-    """Labels `(B,)` with those marked in the boolean `dropped` `(B,)` replaced by the null class `num_classes`."""
-    return labels.masked_fill(dropped, num_classes)
 
 
 def tile(tensor: Tensor, times: int) -> Tensor:
@@ -78,18 +61,6 @@ def prefix_losses(
         velocity = transformer(noisy, timesteps[image], prefix).sample
         losses.append(F.mse_loss(velocity.float(), (noise[image] - clean).float()))
     return torch.stack(losses)
-
-
-def velocity_loss(
-    encoder: ARConditionEncoder,
-    transformer: TransDiffTransformer2DModel,
-    latents: Tensor,
-    labels: Tensor,
-    timesteps: Tensor,
-    noise: Tensor,
-) -> Tensor:
-    """The training loss: the mean of `prefix_losses` (same arguments); 1-step is the case N = 1."""
-    return prefix_losses(encoder, transformer, latents, labels, timesteps, noise).mean()
 
 
 def check_shapes(latents: Tensor, timesteps: Tensor, noise: Tensor) -> int:
