@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-
-if TYPE_CHECKING:
-    from .train import Trainer
+from training.trainer import Trainer
 
 
 OPTIMIZER_BYTES = {"adamw": 8, "fused": 8, "8bit": 2}
@@ -135,7 +133,7 @@ def measure(trainer: Trainer, batch: dict[str, Tensor]) -> tuple[int, int]:
 @contextmanager
 def shapes_only(trainer: Trainer) -> Iterator[nn.Module]:
     """The run's model in evaluation mode, and all that is computed in the `with` block, without numbers."""
-    original, device = trainer.empty or trainer.module, trainer.accelerator.device
+    original, device = trainer.engine.template, trainer.accelerator.device
     with FakeTensorMode(allow_non_fake_inputs=True):
         shapes: dict[int, Any] = {id(value): torch.empty_like(value, device=device) for value in original.buffers()}
         for value in original.parameters():

@@ -20,7 +20,7 @@ from torch import nn
 
 from training.data.batches import GroupBatches
 from training.data.latent_cache import CacheError
-from training.distributed.zero import BUCKET
+from training.distributed.zero2 import BUCKET
 from training.outputs.metrics import PeakMemory
 from training.settings.config import ConfigError, TrainConfig, config_or_exit
 
@@ -94,7 +94,7 @@ def measure(trainer: Trainer, batch_size: int, steps: int) -> Measured | None:
         with PeakMemory(trainer.accelerator.device) as peak:
             trainer.train_step([batches[steps + 1]])
     except torch.OutOfMemoryError:
-        trainer.optimizer.zero_grad()
+        trainer.engine.optimizer.zero_grad()
         return None
     return Measured(batch_size, steps * batch_size * batches.group_size / seconds, peak.bytes)
 
@@ -118,7 +118,7 @@ def plan(config: TrainConfig, batch_sizes: Sequence[int], processes: Sequence[in
         raise ConfigError("training.plan measures one process: start it with python, without a launcher")
     images = trainer.rate.total_steps * trainer.groups_per_step * trainer.batches.group_size
     trainer.accelerator.gradient_accumulation_steps = 1
-    trainer.model.train()
+    trainer.engine.model.train()
     known = Plan(state_bytes(trainer), block_bytes(trainer.module), images)
     lines = [HEADER, "|---" * 7 + "|"]
     for batch_size in batch_sizes:

@@ -2,7 +2,8 @@
 
 OUTPUT/checkpoints/step-00001000/
     pipeline/          the averaged weights as a TransDiffPipeline, ready for from_pretrained
-    state/             model.safetensors, ema.safetensors (raw and averaged weights), optimiser (accelerate's format)
+    state/             model.safetensors, ema.safetensors (raw and averaged weights), optimizer.bin, and of each
+                       process random_states_RANK.pkl
     progress.json      step, skipped steps, global batch, the resolved configuration
 
 A LoRA run has lora/ in place of pipeline/, and its adapters alone in state/.
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from safetensors import SafetensorError
 
 from training.data.latent_cache import write_json
@@ -158,6 +160,19 @@ def remove_leftovers(output: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def save_process_state(accelerator: Accelerator, folder: Path) -> None:
+    """Write the random states of this process, and of fp16 the scaler."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_accelerator_state(
+        str(folder), [], [], [], [], accelerator.process_index, accelerator.step, accelerator.scaler
+    )
+
+
+def load_process_state(accelerator: Accelerator, folder: Path) -> None:
+    """Take in what `save_process_state` wrote; processes that were not there before keep their random states."""
+    load_accelerator_state(str(folder), [], [], [], [], accelerator.process_index, accelerator.scaler)
+
+
 def save_checkpoint(
     accelerator: Accelerator, output: Path, progress: dict[str, Any], save_weights: Callable[[Path], None], keep: int
 ) -> Path:
@@ -188,7 +203,7 @@ def save_checkpoint(
             partial.rename(final)
 
     # After each part all processes agree whether to go on: one that fails must not leave the others in a gather.
-    parts = [make_folder, lambda: accelerator.save_state(str(partial / "state")), lambda: save_weights(partial)]
+    parts = [make_folder, lambda: save_process_state(accelerator, partial / "state"), lambda: save_weights(partial)]
     for part in [*parts, put_in_place]:
         problem = None
         try:

@@ -7,15 +7,20 @@ checkpoints hold whole tensors, the same files as those of one process.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from accelerate import Accelerator
+from torch import Tensor
 
+from training.model.build import TrainingModel, build_optimizer
 from training.settings.config import ConfigError, TrainConfig
+
+from .engine import Engine, Step, spoiled_if_bad
 
 
 # What AdamW keeps of each parameter, besides the number of steps.
@@ -34,105 +39,78 @@ def check_deepspeed(config: TrainConfig) -> None:
         raise ConfigError('sharding=zero2 needs DeepSpeed: pip install -e ".[deepspeed]"')
 
 
-class ZeroEngine:
-    """A module and its optimiser in DeepSpeed's hands, called like the module.
+class Zero2Engine(Engine):
+    """A model and its AdamW in DeepSpeed's hands: parameters stay where they are and are stepped in place."""
 
-    Args:
-        module: whole and in float32, on every process; its parameters stay where they are and are stepped in place.
-        optimizer: AdamW over the parameters to be trained.
-        config: batch size, greatest gradient norm and mixed precision are read.
-        device: where the run computes. DeepSpeed would take a GPU wherever it sees one.
-    """
-
-    def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, device: torch.device
-    ) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", device.type)
+    def __init__(self, module: TrainingModel, config: TrainConfig, accelerator: Accelerator) -> None:
+        super().__init__(module, config, accelerator)
+        # DeepSpeed would take a GPU wherever it sees one
+        os.environ.setdefault("DS_ACCELERATOR", accelerator.device.type)
         import deepspeed
 
+        optimizer = build_optimizer(module, config.optimizer)
         self.parameter_numbers = [group["params"] for group in optimizer.state_dict()["param_groups"]]
         self.parameters = [value for group in optimizer.param_groups for value in group["params"]]
-        self.engine, self.sharded, *_ = deepspeed.initialize(
+        self.model, self.sharded, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, dist_init_required=False, config=deepspeed_config(config)
         )
-        self.adamw: torch.optim.Optimizer = self.sharded.optimizer
-        self.param_groups = self.adamw.param_groups
+        self.optimizer: torch.optim.Optimizer = self.sharded.optimizer
         # AdamW steps these, flat: the process's share of the weights of each group, copied
-        self.slices = [part for group in self.param_groups for part in group["params"]]
+        self.parts = [part for group in self.optimizer.param_groups for part in group["params"]]
 
-    def __call__(self, **batch: Tensor) -> Tensor:
-        return self.engine(**batch)
+    def backward(self, loss: Tensor) -> None:
+        spoiled = spoiled_if_bad(loss / self.accelerator.gradient_accumulation_steps)
+        self.model.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
+        self.model.backward(spoiled, scale_wrt_gas=False)
 
-    def train(self) -> None:
-        self.engine.train()
-
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of a scalar loss; of a step's `last` batch they are complete.
-
-        DeepSpeed skips a step for its gradients alone, so a loss that is not finite is made to spoil them.
-        """
-        spoiled = torch.where(loss.detach().isfinite(), 1.0, float("nan"))
-        self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * spoiled, scale_wrt_gas=False)
-
-    def step(self) -> Tensor:
-        """Clip, step and clear the gradients; returns their norm before clipping. One that is infinite means that
-        the gradients were not finite, and that nothing was changed.
-        """
-        self.engine.step()
-        return torch.as_tensor(float(self.engine.get_global_grad_norm()))
-
-    def zero_grad(self) -> None:
-        """`step` has done it."""
+    def step(self) -> Step:
+        self.model.step()  # clips and clears the gradients too
+        norm = float(self.model.get_global_grad_norm())
+        finite = math.isfinite(norm)  # if not, DeepSpeed has changed nothing
+        return Step(norm, stepped=finite, good=finite)
 
     @contextmanager
-    def _slices_lent(self) -> Iterator[list[Tensor]]:
-        """The slices to put other numbers in; afterwards they are the weights again."""
+    def _parts_lent(self) -> Iterator[list[Tensor]]:
+        """The flat parts to put other numbers in; afterwards they are the weights again."""
         try:
-            yield self.slices
+            yield self.parts
         finally:
             self.sharded.refresh_fp32_params()
 
-    def state_dict(self, keep: bool) -> dict[str, Any]:
-        """The optimiser's state as one process would write it, on the CPU of the processes that `keep` it; all call
-        this together.
-        """
+    def whole_optimizer(self) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_fp32_param
 
         rows: dict[int, dict[str, Tensor]] = {}
-        if self.adamw.state:
-            step = self.adamw.state[self.slices[0]]["step"].detach().cpu()
+        if self.optimizer.state:
+            step = self.optimizer.state[self.parts[0]]["step"].detach().cpu()
             rows = {number: {"step": step.clone()} for number in range(len(self.parameters))}
             # DeepSpeed gathers the slices, whatever they hold; what it links to them of AdamW's state exists for the
             # first group alone until the second step
-            with self._slices_lent() as slices:
+            with self._parts_lent() as parts:
                 for name in MOMENTS:
-                    for part in slices:
-                        part.data.copy_(self.adamw.state[part][name])
+                    for part in parts:
+                        part.data.copy_(self.optimizer.state[part][name])
                     for number, parameter in enumerate(self.parameters):
                         gathered = safe_get_full_fp32_param(parameter)
-                        if keep:
+                        if self.accelerator.is_main_process:
                             rows[number][name] = gathered.cpu()
-        settings = zip(self.param_groups, self.parameter_numbers, strict=True)
+        settings = zip(self.optimizer.param_groups, self.parameter_numbers, strict=True)
         return {"state": rows, "param_groups": [group | {"params": numbers} for group, numbers in settings]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take this process's share of what `state_dict`, here or of one process, returned; and of the weights, which
-        must have been loaded into the module.
-        """
+    def load_optimizer(self, state: dict[str, Any]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param
 
         rows = state["state"]
-        with self._slices_lent() as slices:
-            for group in self.param_groups if rows else ():
+        with self._parts_lent() as parts:
+            for group in self.optimizer.param_groups if rows else ():
                 for part in group["params"]:
                     step = rows[0]["step"].clone()
-                    self.adamw.state[part] = {"step": step.to(part.device) if group["fused"] else step}
+                    self.optimizer.state[part] = {"step": step.to(part.device) if group["fused"] else step}
             for name in MOMENTS if rows else ():
                 for number, parameter in enumerate(self.parameters):
                     safe_set_full_fp32_param(parameter, rows[number][name].to(parameter.device))
-                for part in slices:
-                    self.adamw.state[part][name] = part.detach().clone()
+                for part in parts:
+                    self.optimizer.state[part][name] = part.detach().clone()
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
