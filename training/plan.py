@@ -25,7 +25,7 @@ from training.outputs.metrics import PeakMemory
 from training.settings.config import ConfigError, TrainConfig, config_or_exit
 
 from .dry_run import state_bytes, state_per_process
-from .train import Trainer
+from .trainer import Trainer
 
 
 STEPS = 3
