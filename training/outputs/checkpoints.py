@@ -25,7 +25,8 @@ from accelerate.checkpointing import load_accelerator_state, save_accelerator_st
 from safetensors import SafetensorError
 
 from training.data.latent_cache import write_json
-from training.settings.config import ConfigError, TrainConfig, build, to_dict
+from training.settings.config import ConfigError, TrainConfig, build
+from training.settings.schema import settings_that_differ
 
 
 class CheckpointError(ValueError):
@@ -39,43 +40,6 @@ class BrokenCheckpointError(CheckpointError):
 # What a full disk makes of writing, and a file that is truncated or something else of reading.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 READ_ERRORS = (*WRITE_ERRORS, ValueError, KeyError, EOFError, pickle.UnpicklingError)
-
-
-# Settings that may change when a run goes on; any other difference would make it a different run. The global batch may
-# be cut into other batches and processes: its size is compared instead.
-FREE_ON_RESUME = (
-    "output",
-    "resume",
-    "log_every",
-    "checkpoints.",
-    "preview.",
-    "validation.cache",
-    "validation.every",
-    "validation.images",
-    "trackers",
-    "project",
-    "push_to_hub",
-    "schedule.",
-    "sampling.",
-    "data.workers",
-    "data.images",
-    "data.dataset",
-    "data.subset",
-    "data.split",
-    "data.streaming",
-    "data.image_column",
-    "data.label_column",
-    "data.classes",
-    "data.min_side",
-    "data.encode_batch_size",
-    "data.batch_size",
-    "optimizer.max_bad_steps",
-    "optimizer.gradient_accumulation",
-    "optimizer.global_batch_size",
-    "gradient_checkpointing",
-    "compile",
-    "sharding",
-)
 
 
 def checkpoint_folders(output: Path) -> list[Path]:
@@ -235,40 +199,23 @@ def read_progress(
     """
     try:
         progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-        settings = to_dict(build(TrainConfig, progress["config"]))  # settings that were not there yet have defaults
+        before = build(TrainConfig, progress["config"])  # settings that were not there yet have their defaults
     except ConfigError as error:
         raise CheckpointError(f"{checkpoint} was written by another version: {error}") from None
     except READ_ERRORS as error:
         raise BrokenCheckpointError(f"{checkpoint / 'progress.json'} cannot be read ({error!r})") from error
-    differing = settings_that_differ(settings, to_dict(config))
+    # The global batch may be cut into other batches and processes, so its size is compared in place of theirs.
+    differing = sorted(settings_that_differ(before, config))
     if progress.get("groups_per_step", groups_per_step) != groups_per_step:
         differing.append(
             f"the global batch (data.batch_size x processes x accumulation) was {progress['groups_per_step']}, "
             f"now {groups_per_step}"
         )
-    before = progress.get("origins", {})
-    differing += [f"the {name} were others" for name in origins if before.get(name, origins[name]) != origins[name]]
+    old = progress.get("origins", {})
+    differing += [f"the {name} were others" for name in origins if old.get(name, origins[name]) != origins[name]]
     if differing:
         raise CheckpointError(
             f"{checkpoint} belongs to a run with other settings: {'; '.join(differing)}. Set them back, or choose "
             "another output folder (to start from its weights: --model.start_from=.../pipeline)"
         )
     return progress
-
-
-def settings_that_differ(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A phrase for each setting that differs and may not."""
-    old, new = flatten(before), flatten(now)
-    return [
-        f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(FREE_ON_RESUME)
-    ]
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat

@@ -10,8 +10,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from PIL import Image
 
 from training.settings.config import ConfigError, TrainConfig, to_dict
-
-from .checkpoints import flatten
+from training.settings.schema import flatten
 
 
 def check_trackers(names: list[str]) -> None:
