@@ -33,6 +33,7 @@ from training.data.sources import Example, Source, open_source
 from training.data.vae import check_vae, latent_shape, load_vae, module_fingerprint
 from training.distributed.processes import process_state
 from training.settings.config import ConfigError, DataConfig, config_or_exit, require
+from transdiff_pipelines.files import new_file
 
 
 BATCHES_AHEAD = 2  # decoded while the VAE encodes
@@ -126,9 +127,8 @@ class ShardWriter:
         mean, std = torch.cat(moments).chunk(2, dim=2)
         tensors = {"mean": mean.contiguous(), "std": std.contiguous(), "labels": torch.tensor(labels).long()}
         summary = {"skipped": skipped} | sums(mean, std)
-        temporary = path.with_suffix(f".{os.getpid()}.partial")
-        save_file(tensors, temporary, metadata={"summary": json.dumps(summary)})
-        os.replace(temporary, path)
+        with new_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"summary": json.dumps(summary)})
         self.encoded += len(labels)
         if skipped:
             name, reason = skipped[0]

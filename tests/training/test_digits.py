@@ -12,13 +12,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from training.digits import quality, train_vae
-from training.digits.export import SPLITS, block_means, export, main, new_file, split_indices
+from training.digits.export import SPLITS, block_means, export, main, split_indices
 from transdiff_pipelines import (
     ARConditionEncoder,
     FlowMatchEulerMaruyamaScheduler,
     TransDiffPipeline,
     TransDiffTransformer2DModel,
 )
+from transdiff_pipelines.files import new_file
 
 
 @pytest.fixture(scope="module")

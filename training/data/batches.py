@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from training.settings.config import TrainConfig
+from transdiff_pipelines.latents import NUM_TRAIN_TIMESTEPS
 
 
 Batch = dict[str, Tensor]
-NUM_TRAIN_TIMESTEPS = 1000
 
 
 class TrainingData(Protocol):

@@ -27,8 +27,8 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from PIL import Image
 from tqdm import tqdm
 
-from training.digits.export import new_folder
 from training.digits.quality import fit_recogniser, load_split, pooled_pixels, recognition, within_class_variance
+from transdiff_pipelines.files import new_folder
 
 
 def build_vae(latent_channels: int = 4) -> AutoencoderKL:

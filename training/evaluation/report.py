@@ -8,8 +8,8 @@ from diffusers.utils import make_image_grid
 from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 
-from training.digits.export import new_file
 from training.evaluation.measure import TITLES
+from transdiff_pipelines.files import new_file
 
 
 def markdown_table(results: list[dict[str, Any]]) -> str:

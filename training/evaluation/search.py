@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from training.digits.export import new_file
+from transdiff_pipelines.files import new_file
 
 
 SEARCHED = ("guidance_scale", "drift_scale", "diffusion_scale")

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training.digits.export import new_file
 from training.experiments.common import add_judge_options, named_models, parser, write
 from training.experiments.diversity import measure_models
+from transdiff_pipelines.files import new_file
 
 
 TITLES = {"frechet": "Fréchet distance", "fid": "FID", "recognition": "recognised", "variance": "variance in a class"}

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.data.batches import NUM_TRAIN_TIMESTEPS
 from transdiff_pipelines import ARConditionEncoder, TransDiffTransformer2DModel
+from transdiff_pipelines.latents import NUM_TRAIN_TIMESTEPS, noise_latents
 
 
 def tile(tensor: Tensor, times: int) -> Tensor:
@@ -55,7 +55,7 @@ def prefix_losses(
         clean = tile(latents[:, image], times)
         # Eq. 4: x_t = (1 - t) x_0 + t eps with velocity eps - x_0; the network sees the truncated t as well.
         sigma = (timesteps[image].to(clean.dtype) / NUM_TRAIN_TIMESTEPS).view(-1, 1, 1, 1)
-        noisy = (1 - sigma) * clean + sigma * noise[image]
+        noisy = noise_latents(clean, noise[image], sigma)
         # Eq. 12: attention is block-causal, so the condition of image i is a prefix of the whole one.
         prefix = [(key[:, :end], value[:, :end]) for key, value in projected]
         velocity = transformer(noisy, timesteps[image], prefix).sample

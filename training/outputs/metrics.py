@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageOps
 
 from training.settings.config import PreviewConfig
 from transdiff_pipelines import TransDiffPipeline
+from transdiff_pipelines.files import new_file
 
 
 class MetricsLog:
@@ -28,9 +30,8 @@ class MetricsLog:
     def __init__(self, output: Path, step: int, name: str = "metrics.jsonl") -> None:
         self.path = output / name
         kept = [line for line in self.read() if line["step"] <= step]
-        temporary = self.path.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        with new_file(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def read(self) -> list[dict[str, Any]]:
         if not self.path.exists():
@@ -66,9 +67,8 @@ class MetricsLog:
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
         axes.legend()
-        temporary = self.path.with_name(".loss.partial.png")
-        figure.savefig(temporary, dpi=120)
-        os.replace(temporary, self.path.with_name("loss.png"))
+        with new_file(self.path.with_name("loss.png")) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
 
 
 def smooth(values: list[float], decay: float) -> list[float]:
@@ -81,16 +81,6 @@ def smooth(values: list[float], decay: float) -> list[float]:
     return smoothed
 
 
-def image_grid(images: list[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """Images of one size, row by row, on white."""
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for index, image in enumerate(images):
-        grid.paste(image, (index % columns * (width + gap), index // columns * (height + gap)))
-    return grid
-
-
 def save_preview(pipeline: TransDiffPipeline, preview: PreviewConfig, seed: int, path: Path) -> Image.Image:
     """A grid with one column per label, always from the same noise, so that previews of a run can be compared."""
     pipeline.set_progress_bar_config(disable=True)
@@ -98,11 +88,10 @@ def save_preview(pipeline: TransDiffPipeline, preview: PreviewConfig, seed: int,
     generator = torch.Generator().manual_seed(seed)
     labels, steps = columns * preview.rows, preview.num_inference_steps
     images = pipeline(labels, num_inference_steps=steps, generator=generator).images
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.partial.png")
-    grid = image_grid(images, len(columns))
-    grid.save(temporary)
-    os.replace(temporary, path)
+    framed = [ImageOps.expand(image, border=1, fill="white") for image in images]
+    grid = make_image_grid(framed, preview.rows, len(columns))
+    with new_file(path) as temporary:
+        grid.save(temporary, format="PNG")
     return grid
 
 
