@@ -28,7 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.data.decoding import BadImage, read_image
-from training.data.latent_cache import FORMAT, CacheError, LatentCache, check_settings, write_json
+from training.data.errors import CacheError, DataError
+from training.data.latent_cache import FORMAT, LatentCache, check_settings, write_json
 from training.data.sources import Example, Source, open_source
 from training.data.vae import check_vae, latent_shape, load_vae, module_fingerprint
 from training.distributed.processes import process_state
@@ -307,7 +308,7 @@ def main() -> None:
     config = config_or_exit("training.cache_latents")
     try:
         cache = cache_latents(config.data)
-    except (CacheError, ConfigError) as error:
+    except (ConfigError, DataError) as error:
         print(f"training.cache_latents: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if process_state().is_main_process:

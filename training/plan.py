@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from training.data.batches import GroupBatches
-from training.data.latent_cache import CacheError
+from training.data.errors import DataError
 from training.distributed.zero2 import BUCKET
 from training.outputs.metrics import PeakMemory
 from training.settings.config import ConfigError, TrainConfig, config_or_exit
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = config.data.batch_size
     try:
         print(plan(config, options.batch_sizes or sorted({max(1, size // 2), size, 2 * size}), options.processes))
-    except (ConfigError, CacheError) as error:
+    except (ConfigError, DataError) as error:
         print(f"training.plan: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from training.data.latent_cache import CacheError
+from training.data.errors import DataError
 from training.distributed.interruption import TrainingInterrupted, TrainingStopped
 from training.dry_run import describe
 from training.outputs.checkpoints import CheckpointError
@@ -27,7 +27,7 @@ def main() -> None:
             trainer.say(describe(trainer))
         else:
             trainer.run()
-    except (ConfigError, CacheError, CheckpointError, TrainingStopped, PublishError) as error:
+    except (ConfigError, DataError, CheckpointError, TrainingStopped, PublishError) as error:
         print(f"training.train: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (TrainingInterrupted, KeyboardInterrupt) as error:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from tiny import seeded, tiny_encoder, tiny_pipeline, tiny_transformer
 
 from training.cache_latents import cache_latents
-from training.data.latent_cache import CacheError, LatentCache
+from training.data.errors import DataError
+from training.data.latent_cache import LatentCache
 from training.outputs.checkpoints import checkpoint_folders
 from training.settings.config import ConfigError, DataConfig, TrainConfig, accumulation_steps, load_config
 from training.trainer import Trainer
@@ -274,7 +275,7 @@ def test_another_vae_than_that_of_the_pipeline_to_start_from_is_pointed_out(
 
 def test_a_vae_that_is_nowhere_is_one_line(small, monkeypatch, capsys) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(CacheError, match=r"data.vae 'nowhere/vae' cannot be loaded: neither a folder"):
+    with pytest.raises(DataError, match=r"data.vae 'nowhere/vae' cannot be loaded: neither a folder"):
         Trainer(small("transdiff_b", **{"data.vae": "nowhere/vae"}))
 
 

@@ -28,12 +28,10 @@ from torch import Tensor
 from transdiff_pipelines.files import new_file
 from transdiff_pipelines.latents import scale_latents
 
+from .errors import CacheError as CacheError
+
 
 FORMAT = 1
-
-
-class CacheError(ValueError):
-    """A cache that is missing, unfinished, or made with other settings."""
 
 
 class LatentCache:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from training.settings.config import require
 from transdiff_pipelines.latents import scale_latents, vae_stride
 
-from .latent_cache import CacheError
+from .errors import DataError
 
 
 # Names that begin with these mean folders, as in the configurations, and are not looked for on the Hub.
@@ -30,10 +30,10 @@ def load_vae(name: str) -> AutoencoderKL:
     """The VAE of a folder, or of a Hub repository `org/name`, perhaps in a sub-folder: `org/name/vae`.
 
     Raises:
-        CacheError: if it is in neither place.
+        DataError: if it is in neither place.
     """
     if not Path(name).exists() and (name[0] in "./~" or Path(name).parts[0] in OWN_FOLDERS):
-        raise CacheError(f"data.vae: there is no folder {name}; name one with an AutoencoderKL, or a Hub repository")
+        raise DataError(f"data.vae: there is no folder {name}; name one with an AutoencoderKL, or a Hub repository")
     repository, _, subfolder = name.rpartition("/")
     is_nested = not Path(name).exists() and repository.count("/") == 1
     try:
@@ -42,7 +42,7 @@ def load_vae(name: str) -> AutoencoderKL:
         return AutoencoderKL.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CacheError(
+        raise DataError(
             f"data.vae {name!r} cannot be loaded: neither a folder with an AutoencoderKL here, nor to be had from the "
             f"Hub ({reason})"
         ) from error

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from training.digits.export import SPLITS
+from training.data.splits import SPLITS
 from training.digits.quality import Reference, load_split, pooled_pixels, recognition, summarise
 from transdiff_pipelines import TransDiffImg2ImgPipeline, TransDiffInpaintPipeline, TransDiffPipeline
 from transdiff_pipelines.files import new_file

@@ -14,15 +14,13 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
+from training.data.splits import split_indices
 from transdiff_pipelines.files import new_folder
 
 
-SPLITS = ("train", "validation", "test")
 DATA_MAXIMUM = 16  # load_digits counts inked pixels of a 4x4 block of a bitmap
 FACTOR = 4
-SPLIT_SEED = 0
 
 
 def enlarge(images: np.ndarray, iterations: int = 40) -> np.ndarray:
@@ -47,14 +45,6 @@ def block_means(images: np.ndarray, factor: int = FACTOR) -> np.ndarray:
     """Mean of each `factor x factor` block: `(..., H, W)` to `(..., H / factor, W / factor)`."""
     *batch, height, width = images.shape
     return images.reshape(*batch, height // factor, factor, width // factor, factor).mean(axis=(-3, -1))
-
-
-def split_indices(labels: np.ndarray, seed: int = SPLIT_SEED) -> dict[str, np.ndarray]:
-    """Fixed stratified split into 70% train, 10% validation, 20% test: sorted indices by split name."""
-    everything = np.arange(len(labels))
-    rest, test = train_test_split(everything, test_size=0.2, stratify=labels, random_state=seed)
-    train, validation = train_test_split(rest, test_size=0.125, stratify=labels[rest], random_state=seed)
-    return {name: np.sort(part) for name, part in zip(SPLITS, (train, validation, test), strict=True)}
 
 
 def export(output: str | os.PathLike) -> dict[str, int]:
