@@ -35,8 +35,10 @@ HEADER = "| processes | sharding | batch per process | images a second | GiB per
 
 @dataclass
 class Measured:
-    """A batch size on this machine. `working` are the bytes of a step beside weights, optimiser and EMA: gradients,
-    activations, buffers.
+    """What was measured of a batch size on this machine.
+
+    `working` is the number of bytes that a step needs besides weights, optimiser and EMA: gradients, activations and
+    buffers.
     """
 
     batch_size: int
@@ -46,14 +48,20 @@ class Measured:
 
 @dataclass
 class Plan:
-    """What is known of a run: bytes of the whole state by use, of the two largest blocks, and the images it draws."""
+    """What is known about a run.
+
+    Attributes:
+        state: bytes of the whole state, by use.
+        blocks: bytes of the two largest blocks.
+        images: how many images the run draws.
+    """
 
     state: dict[str, int]
     blocks: int
     images: int
 
     def row(self, measured: Measured, processes: int, sharding: str) -> str:
-        """A line of the table; all but one unsharded process is extrapolated."""
+        """A line of the table. Only what one process does without sharding was measured; the rest is extrapolated."""
         speed = measured.images_per_second * processes
         size = self.memory(measured, processes, sharding)
         cells = [
@@ -63,8 +71,10 @@ class Plan:
         return f"| {' | '.join(map(str, cells))} |"
 
     def memory(self, measured: Measured, processes: int, sharding: str) -> int:
-        """Bytes per process: DDP exchanges the gradients where they are; FSDP2 gathers a block while the one before it
-        runs; DeepSpeed fills a bucket, of one size for all models, with gradients, and copies it.
+        """Bytes per process.
+
+        DDP exchanges gradients in place. FSDP2 gathers the next block while one runs, so two blocks are whole at a
+        time. DeepSpeed collects gradients in a bucket, whose size does not depend on the model, and copies it.
         """
         gradients = self.state["gradients"]
         beside_state = measured.working - gradients
@@ -83,7 +93,9 @@ def block_bytes(module: nn.Module) -> int:
 
 
 def measure(trainer: Trainer, batch_size: int, steps: int) -> Measured | None:
-    """Time and memory of whole training steps of one batch, after one that is not counted; None: out of memory."""
+    """Time and memory of whole training steps of one batch, after a first one that is not counted. None means that the
+    device's memory does not suffice.
+    """
     batches = GroupBatches.of(trainer.config, trainer.data, batch_size=batch_size)
     try:
         trainer.train_step([batches[0]])

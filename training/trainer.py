@@ -73,7 +73,9 @@ class Trainer:
         self._open_data()
         self.module, notes = build_model(config, self.data)
         self.origins = {"images, their order or classes": self.data.digest, "VAE's weights": self.data.vae_fingerprint}
-        if config.lora.rank is not None:  # a checkpoint has the adapters alone
+        if (
+            config.lora.rank is not None
+        ):  # a checkpoint holds the adapters alone, so that the weights they adapt must be the same
             self.origins["weights of model.start_from"] = frozen_fingerprint(self.module)
         self.export = Export(config, self.vae, self.accelerator.device)
         self.preview_config = self._preview_of(self.module.classes)
@@ -82,7 +84,9 @@ class Trainer:
         )
         self.rate = LearningRate(self._peak_rate(), config.schedule, self.steps_per_epoch)
         if candidates:
-            self.say(f"{candidates[0]} is there: its weights will take the place of those told of here")
+            self.say(
+                f"the run continues from {candidates[0]}, whose weights replace those described in the next lines"
+            )
         self.say(*notes, *self._warnings(), self._describe_data())
         if config.data.cache is not None:
             self.say(f"reading the cache {config.data.cache}, and no images")
@@ -102,7 +106,7 @@ class Trainer:
         """The VAE, the images to train on and those held out."""
         config = self.config
         self.vae = load_vae(config.data.vae).eval().requires_grad_(False)
-        with self.accelerator.main_process_first():  # the others find a dataset prepared
+        with self.accelerator.main_process_first():  # the other processes then find the dataset prepared
             self.data = open_data(config.data, self.vae)
         self.data, held_out = held_out_images(self.data, config)
         self.unreadable: Unreadable | None = None
@@ -143,7 +147,7 @@ class Trainer:
         return dataclasses.replace(preview, labels=labels)
 
     def _warnings(self) -> Iterator[str]:
-        """What is allowed, and rarely meant."""
+        """Lines about settings that are allowed but are rarely what the user wants."""
         start = self.config.model.start_from
         if start is not None and Path(start, "vae").is_dir():
             vae = load_vae(f"{start}/vae")
@@ -264,7 +268,9 @@ class Trainer:
         """Save and raise TrainingInterrupted, if a process was asked to stop and there are steps left."""
         if not self.stopping or self.step == self.rate.total_steps:
             return
-        saved = self.save()  # again if it was due: processes must not decide by what each sees on a disk
+        saved = (
+            self.save()
+        )  # Even if this step was saved just now: what one process sees on its disk, another one may not.
         self.accelerator.end_training()
         raise TrainingInterrupted(f"interrupted; step {self.step} is saved in {saved}. Run the command again to go on")
 

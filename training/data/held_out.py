@@ -12,7 +12,7 @@ from .latent_cache import CacheError, LatentCache
 
 
 def hold_out(data: TrainingData, fraction: float, seed: int) -> tuple[TrainingData, TrainingData]:
-    """The images to train on, and those held out: of each class `fraction`, rounded, but never the last image.
+    """The images to train on, and those held out: `fraction` of each class, rounded, but at most all images but one.
 
     Raises:
         ConfigError: if not a single image would be held out.

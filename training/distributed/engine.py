@@ -26,12 +26,12 @@ from training.settings.config import TrainConfig
 
 @dataclass(frozen=True)
 class Step:
-    """What became of an optimiser step.
+    """The outcome of an optimiser step.
 
     Attributes:
         grad_norm: norm of the gradients of all processes before clipping.
-        stepped: whether the weights changed. They stay if the loss or the gradients were not finite.
-        good: whether that is as it should be. It is also where fp16's scaler skipped the step and lowers its scale.
+        stepped: whether the weights changed. They do not if the loss or the gradients were not finite.
+        good: False if that is a fault. Under fp16 it is none if the scaler skipped the step to lower its scale.
     """
 
     grad_norm: float
@@ -50,7 +50,7 @@ class Engine(ABC):
     Attributes:
         module: the model. With FSDP2 its parameters are slices of the whole ones.
         model: what a batch is passed to, `model(**batch)`, before `backward`.
-        template: the model with whole shapes; where `module` is split it has no numbers.
+        template: the model with the shapes of whole weights; if `module` is split, its weights have no numbers.
         saved: names of the weights that a checkpoint keeps: all, or in a LoRA run the adapters alone.
     """
 
@@ -72,7 +72,7 @@ class Engine(ABC):
         """Add the gradients of a scalar loss, divided by the number of accumulated batches; they are exchanged with
         the other processes in the last of these batches.
 
-        A loss that is not finite spoils all gradients, so that no process takes the step.
+        A loss that is not finite turns all gradients into nan, so that no process takes the step.
         """
 
     @abstractmethod
@@ -80,7 +80,7 @@ class Engine(ABC):
         """Clip the gradients, step unless they are not finite, and clear them."""
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """The weights of the names in `saved`, on the main process; others may get none."""
+        """The whole weights with the names in `saved`, on the main process; other processes may get none."""
         state = self.module.state_dict()
         return {name: state[name] for name in self.saved}
 
@@ -111,7 +111,7 @@ class Engine(ABC):
 
 
 class ReplicatedEngine(Engine):
-    """Every process has everything; accelerate averages gradients (DDP) and scales the loss under fp16."""
+    """Every process has the whole state. accelerate averages the gradients (DDP) and scales the loss under fp16."""
 
     def __init__(self, module: TrainingModel, config: TrainConfig, accelerator: Accelerator) -> None:
         super().__init__(module, config, accelerator)
@@ -119,7 +119,7 @@ class ReplicatedEngine(Engine):
         self.optimizer = accelerator.prepare(build_optimizer(module, config.optimizer))
 
     def spread(self) -> Any:
-        """Put the weights where they belong; returns what a batch is passed to."""
+        """Put the weights on their devices; returns what a batch is passed to."""
         return self.accelerator.prepare(self.module)
 
     def backward(self, loss: Tensor) -> None:
@@ -134,13 +134,14 @@ class ReplicatedEngine(Engine):
         judged_by_scaler = scaler is not None and scaler.get_scale() >= 1
         if finite or scaler is not None:
             self.optimizer.step()
-        # fused AdamW leaves the weights alone as the scaler tells it, without being skipped itself
+        # The scaler skips other optimisers, but calls fused AdamW, which then leaves the weights alone by itself. So
+        # the norm has to be asked as well.
         stepped = finite and not self.accelerator.optimizer_step_was_skipped
         self.optimizer.zero_grad()
         return Step(norm, stepped, good=finite or judged_by_scaler)
 
     def clip(self) -> float:
-        """Clip the gradients; returns their norm before."""
+        """Clip the gradients; returns their norm before clipping."""
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.optimizer.max_grad_norm)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
@@ -148,10 +149,10 @@ class ReplicatedEngine(Engine):
         return self.optimizer.state_dict()
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
-        # AdamW keeps the tensors that it is given, and these may be backed by the checkpoint's file
+        # AdamW would keep and change these very tensors, which may be views of the checkpoint's file.
         self.optimizer.load_state_dict(copy.deepcopy(state))
 
 
 def spoiled_if_bad(loss: Tensor) -> Tensor:
-    """A scalar loss whose gradients are nan if it is not finite; an infinite loss may well have finite ones."""
+    """The loss, or if it is not finite one whose gradients are nan. Those of an infinite loss could be finite."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, float("nan"))

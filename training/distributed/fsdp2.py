@@ -1,4 +1,4 @@
-"""Weights split over processes with PyTorch's FSDP2, and whole again where a file or a picture is made of them.
+"""PyTorch's FSDP2: the weights are split over the processes, and made whole again for checkpoints and previews.
 
 Each process keeps a slice of every weight, of its gradient, of the optimiser's and of the running average; a block's
 weights are gathered while the block runs. Checkpoints hold whole tensors, the same files as those of one process.
@@ -27,16 +27,16 @@ from .engine import ReplicatedEngine
 
 
 class Fsdp2Engine(ReplicatedEngine):
-    """Weights, gradients and optimiser are split; accelerate's part is the same as where all is replicated."""
+    """Weights, gradients and optimiser are split. Stepping through accelerate is the same as in `ReplicatedEngine`."""
 
     def spread(self) -> TrainingModel:
         self.template = empty_copy(self.module)
         shard(self.module, self.accelerator.device, self.accelerator.num_processes)
-        self.examples = self.module.state_dict()  # these tell how a weight is split
+        self.examples = self.module.state_dict()  # of each weight it tells how it is split
         return self.module
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors, in the memory of the main process; the others take part and get none."""
+        """Whole tensors in the main process's memory. The other processes take part in gathering, and get none."""
         whole = {}
         for name, tensor in tensors.items():
             value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -63,7 +63,9 @@ class Fsdp2Engine(ReplicatedEngine):
         parameters = [value for group in self.optimizer.param_groups for value in group["params"]]
         rows: dict[int, dict[str, Tensor]] = {}
         for number, row in state["state"].items():
-            whole = parameters[number]  # its moments have its shape, the number of steps has not
+            whole = parameters[
+                number
+            ]  # AdamW's moments have its shape; the number of steps, which is not split, has not
             rows[number] = {
                 name: sliced_like(value, whole) if value.shape == whole.shape else value.clone()
                 for name, value in row.items()
@@ -79,7 +81,8 @@ def shard(module: TrainingModel, device: torch.device, num_processes: int) -> No
     module.to(device)
     mesh = init_device_mesh(device.type, (num_processes,))
     encoder, decoder = module.condition_encoder, module.transformer
-    # the condition is projected once for all images and timesteps, outside the blocks that these layers belong to
+    # The decoder's blocks own these layers, but the loss calls them before the blocks run, once for all images and
+    # timesteps. So they are gathered as a unit of their own.
     projections = [layer for attention in decoder.cross_attentions for layer in (attention.to_k, attention.to_v)]
     blocks: list[Any] = [*encoder.transformer_blocks, *decoder.transformer_blocks]
     for unit in (projections, *blocks, module):

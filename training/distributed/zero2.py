@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO stage 2: every process has the whole weights, and a share of the gradients and of the optimiser.
 
-Only the splitting is DeepSpeed's: weights stay float32 under autocast, every process averages all of them, and
-checkpoints hold whole tensors, the same files as those of one process.
+DeepSpeed does the splitting and nothing else: weights stay float32 under autocast, every process keeps the running
+average of all of them, and checkpoints hold whole tensors, the same files as those of one process.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from training.settings.config import ConfigError, TrainConfig
 from .engine import Engine, Step, spoiled_if_bad
 
 
-# What AdamW keeps of each parameter, besides the number of steps.
+# What AdamW keeps for each parameter besides the number of steps.
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Numbers that are exchanged at once; DeepSpeed's own default would take 2 GB.
+# How many numbers are exchanged at once. DeepSpeed's own default would take 2 GB.
 BUCKET = 50_000_000
 
 
 def check_deepspeed(config: TrainConfig) -> None:
-    """Let nothing begin that needs DeepSpeed and does not have it.
+    """Refuse a run that needs DeepSpeed where DeepSpeed is not installed.
 
     Raises:
         ConfigError: if the run asks for DeepSpeed and it is not installed.
@@ -40,11 +40,11 @@ def check_deepspeed(config: TrainConfig) -> None:
 
 
 class Zero2Engine(Engine):
-    """A model and its AdamW in DeepSpeed's hands: parameters stay where they are and are stepped in place."""
+    """DeepSpeed wraps the model and its AdamW. The parameters stay where they are and are changed in place."""
 
     def __init__(self, module: TrainingModel, config: TrainConfig, accelerator: Accelerator) -> None:
         super().__init__(module, config, accelerator)
-        # DeepSpeed would take a GPU wherever it sees one
+        # otherwise DeepSpeed takes a GPU wherever there is one
         os.environ.setdefault("DS_ACCELERATOR", accelerator.device.type)
         import deepspeed
 
@@ -55,7 +55,7 @@ class Zero2Engine(Engine):
             model=module, optimizer=optimizer, dist_init_required=False, config=deepspeed_config(config)
         )
         self.optimizer: torch.optim.Optimizer = self.sharded.optimizer
-        # AdamW steps these, flat: the process's share of the weights of each group, copied
+        # AdamW steps these: for each parameter group a flat copy of this process's share of the weights.
         self.parts = [part for group in self.optimizer.param_groups for part in group["params"]]
 
     def backward(self, loss: Tensor) -> None:
@@ -66,12 +66,12 @@ class Zero2Engine(Engine):
     def step(self) -> Step:
         self.model.step()  # clips and clears the gradients too
         norm = float(self.model.get_global_grad_norm())
-        finite = math.isfinite(norm)  # if not, DeepSpeed has changed nothing
+        finite = math.isfinite(norm)  # if it is not, DeepSpeed has skipped the step
         return Step(norm, stepped=finite, good=finite)
 
     @contextmanager
     def _parts_lent(self) -> Iterator[list[Tensor]]:
-        """The flat parts to put other numbers in; afterwards they are the weights again."""
+        """The flat parts, to be filled with other numbers in the `with` block; then they hold the weights again."""
         try:
             yield self.parts
         finally:
@@ -84,8 +84,8 @@ class Zero2Engine(Engine):
         if self.optimizer.state:
             step = self.optimizer.state[self.parts[0]]["step"].detach().cpu()
             rows = {number: {"step": step.clone()} for number in range(len(self.parameters))}
-            # DeepSpeed gathers the slices, whatever they hold; what it links to them of AdamW's state exists for the
-            # first group alone until the second step
+            # DeepSpeed has a function that gathers AdamW's moments, but until the second step it finds those of the
+            # first group alone. So the moments are put in the place of the weights, and gathered as weights.
             with self._parts_lent() as parts:
                 for name in MOMENTS:
                     for part in parts:
@@ -123,7 +123,7 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
         "torch_autocast": {
             "enabled": config.mixed_precision == "bf16",
             "dtype": "bfloat16",
-            "lower_precision_safe_modules": [],  # gradients are averaged in float32, as without DeepSpeed
+            "lower_precision_safe_modules": [],  # so that gradients are averaged in float32, as without DeepSpeed
         },
-        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU at every step
+        "timers": {"throughput": {"enabled": False}},  # the timer would wait for the GPU at every step
     }

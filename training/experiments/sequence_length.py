@@ -21,7 +21,7 @@ TITLES = {"frechet": "Fréchet distance", "fid": "FID", "recognition": "recognis
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Each measure against the number of images, in a panel of its own; two standard errors where there is one."""
-    import matplotlib.pyplot as plt  # in the train extra
+    import matplotlib.pyplot as plt  # matplotlib comes with the train extra
 
     measures = [name for name in TITLES if all(name in row for row in rows)]
     figure, panels = plt.subplots(

@@ -14,13 +14,14 @@ from torch.distributed.tensor import DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor that is split over processes, in the same memory; others as they are."""
+    """This process's slice of a tensor that is split over processes, sharing its memory; other tensors as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class WeightAverage:
-    """The average of a module's trained parameters; frozen ones are their own average. Of parameters that are split
-    over processes each process averages its slices.
+    """The average of a module's trained parameters; frozen ones do not change and need none.
+
+    If parameters are split over processes, each process averages its own slices.
 
     Args:
         module: the module, unwrapped from DDP.
@@ -37,12 +38,12 @@ class WeightAverage:
             self.parameters,
             decay=decay,
             min_decay=0.0 if warmup else decay,
-            update_after_step=-1,  # else the first update would be a copy
+            update_after_step=-1,  # otherwise the first update would only copy the weights
             foreach=True,
         )
 
     def update(self) -> None:
-        """Take in the module's weights after an optimiser step."""
+        """Update the average with the module's weights, after an optimiser step."""
         self.average.step(self.parameters)
 
     @contextmanager
@@ -59,13 +60,13 @@ class WeightAverage:
             self.module.train(training)
 
     def save(self, path: Path, averaged: nn.Module) -> None:
-        """Write the averages, which `averaged` has as its whole parameters, and the number of updates."""
+        """Write the averages, which are the parameters of the whole module `averaged`, and the number of updates."""
         state = averaged.state_dict()
         tensors = {name: state[name].contiguous() for name in self.names}
         save_file(tensors, path, metadata={"step": str(self.average.optimization_step)})
 
     def load(self, path: Path, part_of: Callable[[str, Tensor], Tensor]) -> None:
-        """Take in a file of `save`; `part_of` picks what this process keeps of a whole tensor (`Engine.part_of`)."""
+        """Read a file of `save`. `part_of` returns what this process keeps of a whole tensor (`Engine.part_of`)."""
         with safe_open(path, framework="pt") as file:
             for name, shadow in zip(self.names, self.average.shadow_params, strict=True):
                 shadow.copy_(part_of(name, file.get_tensor(name)))

@@ -34,10 +34,10 @@ class CheckpointError(ValueError):
 
 
 class BrokenCheckpointError(CheckpointError):
-    """A checkpoint that cannot be read: the one before it may be good."""
+    """A checkpoint that cannot be read. An older one may still be good."""
 
 
-# What a full disk makes of writing, and a file that is truncated or something else of reading.
+# Errors that writers raise when the disk is full, and readers when a file is truncated or of another kind.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 READ_ERRORS = (*WRITE_ERRORS, ValueError, KeyError, EOFError, pickle.UnpicklingError)
 
@@ -56,7 +56,7 @@ def checkpoint_path(output: Path, step: int) -> Path:
 def find_checkpoints(output: Path, resume: str) -> list[Path]:
     """The checkpoints that `resume` (auto, latest, never or a path) means for the run in `output`, best first.
 
-    The second and later ones are for the case that the first cannot be read; none is a start from the beginning.
+    The second and later ones are used if the first cannot be read. An empty list means to start from the beginning.
 
     Raises:
         CheckpointError: if it does not exist, or if `never` meets a folder with checkpoints.
@@ -80,12 +80,12 @@ def find_checkpoints(output: Path, resume: str) -> list[Path]:
 
 
 def all_processes(accelerator: Accelerator, fine: bool) -> bool:
-    """Whether things are fine on every process; all call this together."""
+    """Whether `fine` is true on every process; all processes call this together."""
     return bool(accelerator.gather(torch.tensor([fine], device=accelerator.device)).all())
 
 
 def resume_from(accelerator: Accelerator, candidates: list[Path], load: Callable[[Path], None]) -> dict[Path, str]:
-    """Load the first of the candidates that can be read, on all processes the same; returns why others cannot be.
+    """Load the first of the candidates that every process can read; returns why those before it cannot be read.
 
     Raises:
         CheckpointError: if none can be read.
@@ -105,8 +105,9 @@ def resume_from(accelerator: Accelerator, candidates: list[Path], load: Callable
 
 
 def set_aside(output: Path, step: int, broken: Collection[Path]) -> list[str]:
-    """Give the checkpoints after `step` other names, so that none is taken for one of the run that goes on from there:
-    broken-step-..., or abandoned-step-... if they can be read. Returns a line on each.
+    """Rename the checkpoints after `step`, from which the run continues, to broken-step-... or abandoned-step-...
+
+    Otherwise a later start would take them for checkpoints of this run. Returns a line about each.
     """
     lines = []
     for path in checkpoint_folders(output):
@@ -119,13 +120,13 @@ def set_aside(output: Path, step: int, broken: Collection[Path]) -> list[str]:
 
 
 def remove_leftovers(output: Path) -> None:
-    """Delete what runs that were killed have left half-written."""
+    """Delete the unfinished checkpoints of runs that were killed while they wrote."""
     for path in (output / "checkpoints").glob(".step-*.partial"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def save_process_state(accelerator: Accelerator, folder: Path) -> None:
-    """Write the random states of this process, and of fp16 the scaler."""
+    """Write the random states of this process and, in a run with fp16, the state of the scaler."""
     folder.mkdir(parents=True, exist_ok=True)
     save_accelerator_state(
         str(folder), [], [], [], [], accelerator.process_index, accelerator.step, accelerator.scaler
@@ -133,7 +134,7 @@ def save_process_state(accelerator: Accelerator, folder: Path) -> None:
 
 
 def load_process_state(accelerator: Accelerator, folder: Path) -> None:
-    """Take in what `save_process_state` wrote; processes that were not there before keep their random states."""
+    """Read what `save_process_state` wrote; a process for which there is no file keeps its random states."""
     load_accelerator_state(str(folder), [], [], [], [], accelerator.process_index, accelerator.scaler)
 
 
@@ -166,7 +167,8 @@ def save_checkpoint(
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
 
-    # After each part all processes agree whether to go on: one that fails must not leave the others in a gather.
+    # After each part all processes agree whether to continue. If one of them failed and the others went on, they would
+    # wait for it forever in the next gather.
     parts = [make_folder, lambda: save_process_state(accelerator, partial / "state"), lambda: save_weights(partial)]
     for part in [*parts, put_in_place]:
         problem = None
@@ -199,12 +201,12 @@ def read_progress(
     """
     try:
         progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-        before = build(TrainConfig, progress["config"])  # settings that were not there yet have their defaults
+        before = build(TrainConfig, progress["config"])  # a key that did not exist yet gets its default
     except ConfigError as error:
         raise CheckpointError(f"{checkpoint} was written by another version: {error}") from None
     except READ_ERRORS as error:
         raise BrokenCheckpointError(f"{checkpoint / 'progress.json'} cannot be read ({error!r})") from error
-    # The global batch may be cut into other batches and processes, so its size is compared in place of theirs.
+    # The global batch may be divided otherwise over batches and processes, so its size is compared and not theirs.
     differing = sorted(settings_that_differ(before, config))
     if progress.get("groups_per_step", groups_per_step) != groups_per_step:
         differing.append(

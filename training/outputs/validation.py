@@ -1,5 +1,7 @@
-"""The loss on images that are not trained on: always the same images, noises and timesteps, so that numbers of a run,
-and of raw and averaged weights, can be compared.
+"""The loss on images that are held out of training.
+
+Images, noises and timesteps are the same each time, so that the losses of different steps, and of raw and averaged
+weights, can be compared.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from training.settings.config import TrainConfig
 
 
 class Validation:
-    """Measures the loss on held-out images. No label is dropped; the last batch is filled up.
+    """Measures the loss on held-out images. No label is dropped; the last batch is filled up with images that were
+    used before.
 
     Args:
         held_out: the images.
