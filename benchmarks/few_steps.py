@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.digits.export import new_file
 from training.digits.quality import (
     BATCH_SIZE,
     balanced_labels,
@@ -28,6 +27,7 @@ from training.digits.quality import (
     pooled_pixels,
 )
 from transdiff_pipelines import DIGITS, FlowMatchEulerMaruyamaScheduler, TransDiffPipeline
+from transdiff_pipelines.files import new_file
 
 from .common.known_flows import fitted_order, gaussian_errors, mixture_error, model_calls
 from .common.machine import describe

@@ -23,10 +23,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from training.data.batches import logit_normal_timesteps
 from training.dry_run import CPU_ATTENTION
 from training.model.build import TrainingModel, build_optimizer
 from training.model.ema import WeightAverage
-from training.model.loss import logit_normal_timesteps, tile
+from training.model.loss import tile
 from training.settings.config import OptimizerConfig
 from transdiff_pipelines import ARConditionEncoder, TransDiffTransformer2DModel
 from transdiff_pipelines.latents import NUM_TRAIN_TIMESTEPS, noise_latents

@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from training.model.loss import truncate_timesteps, velocity_loss
+from training.data.batches import truncate_timesteps
+from training.model.loss import prefix_losses
 from transdiff_pipelines import TransDiffPipeline, convert_original_checkpoint
 from transdiff_pipelines.latents import pack_latents, unpack_latents
 
@@ -170,5 +171,5 @@ def test_training_loss(name: str):
     if name != "mrar_256":
         timesteps, noise = timesteps.unsqueeze(0), noise.unsqueeze(0)
     encoder, transformer = golden.pipe.condition_encoder, golden.pipe.transformer
-    loss = velocity_loss(encoder, transformer, images, golden["labels"], timesteps, noise)
+    loss = prefix_losses(encoder, transformer, images, golden["labels"], timesteps, noise).mean()
     assert_reproduces(loss.reshape(1), golden["loss.value"], LOSS_TOLERANCE)

@@ -1,7 +1,8 @@
 """Training of TransDiff models: images come in, a pipeline folder goes out.
 
-The commands are `training.cache_latents`, `training.train`, `training.evaluate` and `training.plan`. They stand on
-folders that import downwards only: `outputs` may import `model`, that `distributed`, that `data`, that `settings`.
-`evaluation` measures a finished model, `digits` makes and judges the bundled one, and `experiments` are the studies of
-docs/experiments.md.
+The commands are `training.cache_latents`, `training.train`, `training.evaluate` and `training.plan`, and to prepare
+data `training.split_images` and `training.train_vae`. `trainer` is the training loop, and `dry_run` describes a run
+without running it. They stand on folders that import downwards only: `outputs` may import `distributed`, that `model`,
+that `data`, that `settings`. `evaluation` measures a finished model, `digits` makes and judges the bundled one, and
+`experiments` are the studies of docs/experiments.md.
 """

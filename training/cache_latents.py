@@ -28,21 +28,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.data.decoding import BadImage, read_image
-from training.data.latent_cache import FORMAT, CacheError, LatentCache, check_settings, write_json
+from training.data.errors import CacheError, DataError
+from training.data.latent_cache import FORMAT, LatentCache, check_settings, write_json
 from training.data.sources import Example, Source, open_source
 from training.data.vae import check_vae, latent_shape, load_vae, module_fingerprint
 from training.distributed.processes import process_state
 from training.settings.config import ConfigError, DataConfig, config_or_exit, require
+from transdiff_pipelines.files import new_file
 
 
-BATCHES_AHEAD = 2  # decoded while the VAE encodes
+BATCHES_AHEAD = 2  # how many batches are decoded ahead while the VAE encodes
 
 
 class ShardWriter:
     """Encodes this process's share of a source into shards.
 
-    With at least as many streams as processes each process reads streams of its own; otherwise all go over every
-    stream, which is cheap, and each encodes parts of its own.
+    If there are at least as many streams as processes, each process reads streams of its own. Otherwise every process
+    goes over every stream, which is cheap as long as images are not loaded, and encodes some of its parts.
 
     Attributes:
         encoded, seconds: images encoded so far, and the time it took.
@@ -61,7 +63,7 @@ class ShardWriter:
         return self.folder / f"moments-{stream:05d}-{part:05d}.safetensors"
 
     def marker(self, stream: int) -> Path:
-        """Written when the end of a stream was reached: tells how many parts it has."""
+        """The file that tells how many parts a stream has; it is written when the end of the stream was reached."""
         return self.folder / f"stream-{stream:05d}.json"
 
     def parts(self, stream: int) -> list[Path] | None:
@@ -104,7 +106,7 @@ class ShardWriter:
             if self.is_mine(stream, part) and not self.path(stream, part).exists():
                 self.write(self.path(stream, part), itertools.chain([first], rest), progress)
             else:
-                deque(rest, maxlen=0)  # pass over them
+                deque(rest, maxlen=0)  # these images belong to another process, or are encoded already
             part += 1
         if self.rank == 0 or self.source.num_streams >= self.world_size:
             write_json(self.marker(stream), {"parts": part})
@@ -126,9 +128,8 @@ class ShardWriter:
         mean, std = torch.cat(moments).chunk(2, dim=2)
         tensors = {"mean": mean.contiguous(), "std": std.contiguous(), "labels": torch.tensor(labels).long()}
         summary = {"skipped": skipped} | sums(mean, std)
-        temporary = path.with_suffix(f".{os.getpid()}.partial")
-        save_file(tensors, temporary, metadata={"summary": json.dumps(summary)})
-        os.replace(temporary, path)
+        with new_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"summary": json.dumps(summary)})
         self.encoded += len(labels)
         if skipped:
             name, reason = skipped[0]
@@ -172,7 +173,7 @@ class ShardWriter:
 
 
 def sums(mean: Tensor, std: Tensor) -> dict[str, float]:
-    """What the mean and standard deviation of posterior samples follow from."""
+    """The sums from which mean and standard deviation of posterior samples are computed."""
     mean, std = mean.double(), std.double()
     return {
         "numbers": mean.numel(),
@@ -212,7 +213,7 @@ def cache_latents(data: DataConfig, dataset: datasets.Dataset | datasets.Iterabl
     """
     require(data.cache is not None, "data.cache is missing: the folder to write the latents to")
     state = process_state()
-    with state.main_process_first():  # the others find a dataset prepared
+    with state.main_process_first():  # the other processes then find the dataset prepared
         source = open_source(data, dataset)
     vae = load_vae(data.vae)
     check_vae(vae, data.image_size)
@@ -278,7 +279,7 @@ def write_index(writer: ShardWriter, settings: dict[str, Any]) -> None:
     std = (totals["sum_of_squares"] / totals["numbers"] - mean**2) ** 0.5
     index = {"settings": settings, "shards": shards, "skipped": skipped, "latent_mean": mean, "latent_std": std}
     write_json(writer.folder / "index.json", index)
-    for leftover in writer.folder.glob("*.partial"):  # of processes that were killed
+    for leftover in writer.folder.glob("*.partial"):  # left by processes that were killed
         leftover.unlink(missing_ok=True)
 
 
@@ -307,7 +308,7 @@ def main() -> None:
     config = config_or_exit("training.cache_latents")
     try:
         cache = cache_latents(config.data)
-    except (CacheError, ConfigError) as error:
+    except (ConfigError, DataError) as error:
         print(f"training.cache_latents: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if process_state().is_main_process:

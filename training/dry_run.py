@@ -1,7 +1,7 @@
 """What a configuration would train, without training: `python -m training.train --config FILE --dry-run`.
 
 Operations and activations are counted on a copy of the model whose tensors have shapes but no numbers, so that a
-model of any size is described without its arithmetic.
+model of any size can be described without computing with it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-
-if TYPE_CHECKING:
-    from .train import Trainer
+from training.trainer import Trainer
 
 
 OPTIMIZER_BYTES = {"adamw": 8, "fused": 8, "8bit": 2}
@@ -94,7 +92,7 @@ def state_per_process(state: dict[str, int], sharding: str, processes: int) -> d
     if sharding == "fsdp2":
         return share
     if sharding == "zero2" and processes > 1:
-        # AdamW steps a copy of its share of the trained weights, which then goes to all processes
+        # AdamW steps a copy of the process's share of the trained weights, and then sends it to all processes
         copied = state["weights"] + share["gradients"]
         return state | {"weights": copied, "gradients": share["gradients"], "optimiser": share["optimiser"]}
     return state
@@ -117,7 +115,7 @@ def measure(trainer: Trainer, batch: dict[str, Tensor]) -> tuple[int, int]:
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # holding it also keeps its number from being used again
+        kept[storage._cdata] = storage  # keeping the storage alive also keeps its id from being reused for another one
         return tensor
 
     with shapes_only(trainer) as module:
@@ -134,14 +132,14 @@ def measure(trainer: Trainer, batch: dict[str, Tensor]) -> tuple[int, int]:
 
 @contextmanager
 def shapes_only(trainer: Trainer) -> Iterator[nn.Module]:
-    """The run's model in evaluation mode, and all that is computed in the `with` block, without numbers."""
-    original, device = trainer.empty or trainer.module, trainer.accelerator.device
+    """The run's model in evaluation mode. Its tensors, and what is computed in the `with` block, have no numbers."""
+    original, device = trainer.engine.template, trainer.accelerator.device
     with FakeTensorMode(allow_non_fake_inputs=True):
         shapes: dict[int, Any] = {id(value): torch.empty_like(value, device=device) for value in original.buffers()}
         for value in original.parameters():
             shapes[id(value)] = nn.Parameter(torch.empty_like(value, device=device), value.requires_grad)
         module = copy.deepcopy(original, shapes)
-        for name in ("forward", "_original_forward"):  # accelerate's wrapper, which would call the original
+        for name in ("forward", "_original_forward"):  # accelerate's wrappers, which would call the original model
             module.__dict__.pop(name, None)
         for part in module.modules():
             part._compiled_call_impl = None

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from training.digits.export import new_file
 from training.distributed.processes import process_state
 from training.evaluation.features import Extractor, ExtractorError, load_extractor, try_extractor
 from training.evaluation.measure import TITLES, measure
@@ -38,6 +37,7 @@ from training.evaluation.sampling import (
 from training.evaluation.search import SEARCHED, parse_axis, plot_search
 from transdiff_cli.common import parse_scales, reader_may_leave
 from transdiff_pipelines import TransDiffPipeline
+from transdiff_pipelines.files import new_file
 from transdiff_pipelines.generation import model_source
 from transdiff_pipelines.loaders.original_checkpoint import match_published
 

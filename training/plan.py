@@ -19,13 +19,13 @@ import torch
 from torch import nn
 
 from training.data.batches import GroupBatches
-from training.data.latent_cache import CacheError
-from training.distributed.zero import BUCKET
+from training.data.errors import DataError
+from training.distributed.zero2 import BUCKET
 from training.outputs.metrics import PeakMemory
 from training.settings.config import ConfigError, TrainConfig, config_or_exit
 
 from .dry_run import state_bytes, state_per_process
-from .train import Trainer
+from .trainer import Trainer
 
 
 STEPS = 3
@@ -35,8 +35,10 @@ HEADER = "| processes | sharding | batch per process | images a second | GiB per
 
 @dataclass
 class Measured:
-    """A batch size on this machine. `working` are the bytes of a step beside weights, optimiser and EMA: gradients,
-    activations, buffers.
+    """What was measured of a batch size on this machine.
+
+    `working` is the number of bytes that a step needs besides weights, optimiser and EMA: gradients, activations and
+    buffers.
     """
 
     batch_size: int
@@ -46,14 +48,20 @@ class Measured:
 
 @dataclass
 class Plan:
-    """What is known of a run: bytes of the whole state by use, of the two largest blocks, and the images it draws."""
+    """What is known about a run.
+
+    Attributes:
+        state: bytes of the whole state, by use.
+        blocks: bytes of the two largest blocks.
+        images: how many images the run draws.
+    """
 
     state: dict[str, int]
     blocks: int
     images: int
 
     def row(self, measured: Measured, processes: int, sharding: str) -> str:
-        """A line of the table; all but one unsharded process is extrapolated."""
+        """A line of the table. Only what one process does without sharding was measured; the rest is extrapolated."""
         speed = measured.images_per_second * processes
         size = self.memory(measured, processes, sharding)
         cells = [
@@ -63,8 +71,10 @@ class Plan:
         return f"| {' | '.join(map(str, cells))} |"
 
     def memory(self, measured: Measured, processes: int, sharding: str) -> int:
-        """Bytes per process: DDP exchanges the gradients where they are; FSDP2 gathers a block while the one before it
-        runs; DeepSpeed fills a bucket, of one size for all models, with gradients, and copies it.
+        """Bytes per process.
+
+        DDP exchanges gradients in place. FSDP2 gathers the next block while one runs, so two blocks are whole at a
+        time. DeepSpeed collects gradients in a bucket, whose size does not depend on the model, and copies it.
         """
         gradients = self.state["gradients"]
         beside_state = measured.working - gradients
@@ -83,7 +93,9 @@ def block_bytes(module: nn.Module) -> int:
 
 
 def measure(trainer: Trainer, batch_size: int, steps: int) -> Measured | None:
-    """Time and memory of whole training steps of one batch, after one that is not counted; None: out of memory."""
+    """Time and memory of whole training steps of one batch, after a first one that is not counted. None means that the
+    device's memory does not suffice.
+    """
     batches = GroupBatches.of(trainer.config, trainer.data, batch_size=batch_size)
     try:
         trainer.train_step([batches[0]])
@@ -94,7 +106,7 @@ def measure(trainer: Trainer, batch_size: int, steps: int) -> Measured | None:
         with PeakMemory(trainer.accelerator.device) as peak:
             trainer.train_step([batches[steps + 1]])
     except torch.OutOfMemoryError:
-        trainer.optimizer.zero_grad()
+        trainer.engine.optimizer.zero_grad()
         return None
     return Measured(batch_size, steps * batch_size * batches.group_size / seconds, peak.bytes)
 
@@ -118,7 +130,7 @@ def plan(config: TrainConfig, batch_sizes: Sequence[int], processes: Sequence[in
         raise ConfigError("training.plan measures one process: start it with python, without a launcher")
     images = trainer.rate.total_steps * trainer.groups_per_step * trainer.batches.group_size
     trainer.accelerator.gradient_accumulation_steps = 1
-    trainer.model.train()
+    trainer.engine.model.train()
     known = Plan(state_bytes(trainer), block_bytes(trainer.module), images)
     lines = [HEADER, "|---" * 7 + "|"]
     for batch_size in batch_sizes:
@@ -151,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = config.data.batch_size
     try:
         print(plan(config, options.batch_sizes or sorted({max(1, size // 2), size, 2 * size}), options.processes))
-    except (ConfigError, CacheError) as error:
+    except (ConfigError, DataError) as error:
         print(f"training.plan: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from training.digits.export import new_file
+from transdiff_pipelines.files import new_file
 
 
 def command_line(module: str) -> str:

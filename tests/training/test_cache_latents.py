@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL
 from training.cache_latents import cache_latents, report
 from training.data.batches import GroupBatches
 from training.data.decoding import read_image
-from training.data.latent_cache import CacheError, LatentCache
+from training.data.errors import CacheError, DataError
+from training.data.latent_cache import LatentCache
 from training.data.sources import FolderSource
 from training.data.vae import load_vae, module_fingerprint
 from training.settings.config import ConfigError, DataConfig
@@ -179,7 +180,7 @@ def test_a_missing_folder_is_not_looked_for_on_the_hub(name: str, monkeypatch, t
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", asked)
-    with pytest.raises(CacheError, match=f"there is no folder {name}"):
+    with pytest.raises(DataError, match=f"there is no folder {name}"):
         load_vae(name)
 
 

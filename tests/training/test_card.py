@@ -5,7 +5,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from training.settings.config import to_dict
-from training.train import Trainer
+from training.trainer import Trainer
 
 
 def test_a_finished_run_leaves_a_card_with_its_samples_and_losses(make_config) -> None:

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from training.settings.config import ConfigError, TrainConfig, build, load_config, to_dict
+from training.settings.schema import settings_that_differ
 
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -111,3 +112,14 @@ def test_an_override_that_is_no_yaml_is_one_line(tmp_path: Path) -> None:
 def test_a_preview_of_no_class_is_refused() -> None:
     with pytest.raises(ConfigError, match="preview.labels is empty"):
         build(TrainConfig, MINIMAL | {"preview": {"labels": []}})
+
+
+def test_of_two_runs_the_settings_are_named_that_may_not_change_when_one_goes_on() -> None:
+    changed = MINIMAL | {
+        "output": "elsewhere",
+        "seed": 7,
+        "schedule": {"steps": 20},
+        "data": MINIMAL["data"] | {"workers": 4, "mirror": False},
+    }
+    found = settings_that_differ(build(TrainConfig, MINIMAL), build(TrainConfig, changed))
+    assert sorted(found) == ["data.mirror was True, now False", "seed was 0, now 7"]

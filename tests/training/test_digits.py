@@ -11,14 +11,18 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from training.digits import quality, train_vae
-from training.digits.export import SPLITS, block_means, export, main, new_file, split_indices
+from training import train_vae
+from training.data.splits import SPLITS, split_indices
+from training.digits import quality
+from training.digits import train_vae as train_digits_vae
+from training.digits.export import block_means, export, main
 from transdiff_pipelines import (
     ARConditionEncoder,
     FlowMatchEulerMaruyamaScheduler,
     TransDiffPipeline,
     TransDiffTransformer2DModel,
 )
+from transdiff_pipelines.files import new_file
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +172,7 @@ def test_vae_script_saves_a_loadable_autoencoder(digits: Path, tmp_path: Path) -
             folder.mkdir(parents=True)
             for path in sorted((digits / split / str(label)).iterdir())[:2]:
                 (folder / path.name).symlink_to(path)
-    train_vae.main([f"--data={data}", f"--output={tmp_path / 'vae'}", "--steps=2", "--batch-size=4"])
+    train_digits_vae.main([f"--data={data}", f"--output={tmp_path / 'vae'}", "--steps=2", "--batch-size=4"])
 
     vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
     report = json.loads((tmp_path / "vae" / "report.json").read_text())

@@ -25,7 +25,7 @@ from training.data.vae import PixelEncoder, load_vae
 from training.dry_run import describe
 from training.outputs.checkpoints import CheckpointError, checkpoint_folders
 from training.settings.config import ConfigError, DataConfig
-from training.train import Trainer
+from training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)

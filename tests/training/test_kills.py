@@ -23,7 +23,8 @@ from test_train import final_tensors, losses, train
 
 from training.outputs.checkpoints import CheckpointError, checkpoint_folders
 from training.settings.config import TrainConfig, load_config, to_dict
-from training.train import Trainer, main
+from training.train import main
+from training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -243,7 +244,7 @@ def test_reports_that_cannot_be_written_cost_no_step(make_config, monkeypatch, c
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("training.outputs.metrics.MetricsLog.write", full)
-    monkeypatch.setattr("training.train.save_preview", full)
+    monkeypatch.setattr("training.outputs.reports.save_preview", full)
     trainer.run()
     output = capsys.readouterr().out
     for name in ("metrics.jsonl", "validation.jsonl", "step-00000002.png"):

@@ -4,15 +4,14 @@ import pytest
 import torch
 
 from benchmarks.training import tiled_losses
-from training.model.loss import (
-    drop_labels,
-    logit_normal_timesteps,
-    prefix_losses,
-    tile,
-    truncate_timesteps,
-    velocity_loss,
-)
+from training.data.batches import drop_labels, logit_normal_timesteps, truncate_timesteps
+from training.model.loss import prefix_losses, tile
 from transdiff_pipelines import ARConditionEncoder, TransDiffTransformer2DModel
+
+
+def velocity_loss(*models: torch.nn.Module, **batch: torch.Tensor) -> torch.Tensor:
+    """The mean over the images of a sequence, which a run takes the gradient of."""
+    return prefix_losses(*models, **batch).mean()
 
 
 def networks(
@@ -42,7 +41,7 @@ def inputs(num_images: int, batch: int = 3, times: int = 2) -> dict[str, torch.T
 def test_m_tiles_are_the_mean_of_m_single_losses(patch_size: int) -> None:
     models, batch = networks(patch_size), inputs(patch_size**2)
     singles = [
-        velocity_loss(*models, batch["latents"], batch["labels"], batch["timesteps"][:, part], batch["noise"][:, part])
+        velocity_loss(*models, **batch | {name: batch[name][:, part] for name in ("timesteps", "noise")})
         for part in (slice(0, 3), slice(3, 6))
     ]
     torch.testing.assert_close(velocity_loss(*models, **batch), torch.stack(singles).mean())

@@ -3,7 +3,7 @@
 import pytest
 
 from training import plan
-from training.distributed.zero import BUCKET
+from training.distributed.zero2 import BUCKET
 from training.dry_run import state_per_process
 from training.plan import Measured, Plan
 from training.settings.config import ConfigError

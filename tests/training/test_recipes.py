@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from tiny import seeded, tiny_encoder, tiny_pipeline, tiny_transformer
 
 from training.cache_latents import cache_latents
-from training.data.latent_cache import CacheError, LatentCache
+from training.data.errors import DataError
+from training.data.latent_cache import LatentCache
 from training.outputs.checkpoints import checkpoint_folders
 from training.settings.config import ConfigError, DataConfig, TrainConfig, accumulation_steps, load_config
-from training.train import Trainer
+from training.trainer import Trainer
 from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.presets import PUBLISHED, PublishedModel
 
@@ -191,7 +192,7 @@ def test_512_px_trains_the_decoder_on_a_finer_grid(small, base: Path, large_cach
     config = small("transdiff_l_512", **{"data.cache": large_cache.folder, "data.image_size": 32})
     trainer = Trainer(config)
     encoder = trainer.module.condition_encoder
-    trainer.model.train()
+    trainer.engine.model.train()
     labels = torch.tensor([0, 1])
     assert not torch.equal(encoder(labels).condition, encoder(labels).condition)  # its dropout stays on
     trainer.run()
@@ -246,7 +247,7 @@ def test_as_many_classes_but_no_name_in_common_must_be_explained(small, base: Pa
 def test_what_is_unset_is_taken_from_the_pipeline_to_start_from(small, base: Path, capsys) -> None:
     trainer = Trainer(small("finetune_classes", **{"data.vae": '""'}))
     said = capsys.readouterr().out
-    expected, made = TransDiffPipeline.from_pretrained(base), trainer.pipeline(trainer.module)
+    expected, made = TransDiffPipeline.from_pretrained(base), trainer.export.pipeline(trainer.module)
     assert "warning: bf16 on a CPU" in said
     assert "is not the VAE" not in said
     assert trainer.config.data.vae == f"{base}/vae"
@@ -274,7 +275,7 @@ def test_another_vae_than_that_of_the_pipeline_to_start_from_is_pointed_out(
 
 def test_a_vae_that_is_nowhere_is_one_line(small, monkeypatch, capsys) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(CacheError, match=r"data.vae 'nowhere/vae' cannot be loaded: neither a folder"):
+    with pytest.raises(DataError, match=r"data.vae 'nowhere/vae' cannot be loaded: neither a folder"):
         Trainer(small("transdiff_b", **{"data.vae": "nowhere/vae"}))
 
 
@@ -307,7 +308,7 @@ def test_lora_saves_adapters_alone_and_the_pipeline_reads_them(small, base: Path
     before = latents(pipeline)
     pipeline.load_lora_weights(adapter.parent)
     with trainer.ema.applied():
-        trained = latents(trainer.pipeline(trainer.module))
+        trained = latents(trainer.export.pipeline(trainer.module))
     assert torch.equal(latents(pipeline), trained)
     assert not torch.allclose(before, trained)
 

@@ -1,6 +1,7 @@
 """State split over two processes that really communicate: the same run, the same files."""
 
 import errno
+import math
 import multiprocessing
 import os
 import shutil
@@ -17,16 +18,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from accelerate import checkpointing
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from test_train import final_tensors, losses, train
 from torch import nn
 
-from training.distributed.zero import ZeroEngine
+from training.distributed.engine import ReplicatedEngine, Step
+from training.distributed.zero2 import Zero2Engine
 from training.outputs.checkpoints import checkpoint_folders
 from training.settings.config import ConfigError, TrainConfig, load_config, to_dict
-from training.train import Trainer
+from training.trainer import Trainer
 
 
 OPTIONS = {
@@ -70,14 +71,14 @@ def run_rank(file: str, rank: int, port: int) -> None:
 
 def run_rank_with_a_full_disk(file: str, rank: int, port: int) -> None:
     """`run_rank`, where the first save of the optimiser fails on the main process."""
-    save, failures = checkpointing.save, [OSError(errno.ENOSPC, "No space left on device")] * (rank == 0)
+    save, failures = torch.save, [OSError(errno.ENOSPC, "No space left on device")] * (rank == 0)
 
     def failing(value: object, path: object, *arguments: object, **options: object) -> None:
         if "optimizer" in str(path) and failures:
             raise failures.pop()
         save(value, path, *arguments, **options)
 
-    checkpointing.save = failing
+    torch.save = failing
     run_rank(file, rank, port)
 
 
@@ -171,7 +172,7 @@ def test_two_processes_with_half_of_the_state_each_make_the_run_of_one(make_conf
 def test_what_does_not_go_with_sharding_is_refused(make_config) -> None:
     with pytest.raises(ConfigError, match="sharding=fsdp2 does not work with mixed_precision=fp16"):
         make_config(sharding="fsdp2", mixed_precision="fp16")
-    assert Trainer(make_config(sharding="fsdp2")).empty is None  # one process has nothing to share
+    assert type(Trainer(make_config(sharding="fsdp2")).engine) is ReplicatedEngine  # one process has nothing to share
 
 
 def test_deepspeed_that_is_missing_is_named_before_anything_is_done(make_config, monkeypatch) -> None:
@@ -181,16 +182,18 @@ def test_deepspeed_that_is_missing_is_named_before_anything_is_done(make_config,
 
 
 @pytest.fixture
-def zero_engine(make_config, monkeypatch) -> Iterator[tuple[ZeroEngine, nn.Linear]]:
+def zero_engine(make_config, monkeypatch) -> Iterator[tuple[Zero2Engine, nn.Linear]]:
     """DeepSpeed around a small layer, alone in a process group."""
     deepspeed = pytest.importorskip("deepspeed")
     without_compiling()
     monkeypatch.setenv("LOCAL_RANK", "0")
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
     layer = nn.Linear(3, 1, bias=False)
-    adamw, config = torch.optim.AdamW(layer.parameters(), lr=0.1), make_config(sharding="zero2")
+    accelerator = mock.Mock(
+        device=torch.device("cpu"), is_main_process=True, gradient_accumulation_steps=1, sync_gradients=True
+    )
     try:
-        yield ZeroEngine(layer, adamw, config, torch.device("cpu")), layer
+        yield Zero2Engine(layer, make_config(sharding="zero2"), accelerator), layer
     finally:
         deepspeed.comm.destroy_process_group()
 
@@ -198,36 +201,39 @@ def zero_engine(make_config, monkeypatch) -> Iterator[tuple[ZeroEngine, nn.Linea
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_zero_skips_a_bad_step_and_then_goes_on(zero_engine, bad) -> None:
     engine, layer = zero_engine
-    engine.train()
+    engine.model.train()
 
-    def step(added: float) -> torch.Tensor:
+    def step(added: float) -> Step:
         for last in (False, True):
-            engine.backward(engine(input=torch.ones(2, 3)).sum() / 2 + added, last)
+            engine.accelerator.sync_gradients = last
+            engine.backward(engine.model(input=torch.ones(2, 3)).sum() / 2 + added)
         return engine.step()
 
     start = layer.weight.clone()
-    assert not step(bad).isfinite()  # the gradients alone would be finite
+    skipped = step(bad)
+    assert not math.isfinite(skipped.grad_norm)  # the gradients alone would be finite
+    assert not skipped.stepped
     assert torch.equal(layer.weight, start)
-    assert not engine.state_dict(keep=True)["state"]
-    assert step(0.0) == pytest.approx(2 * 3**0.5)
+    assert not engine.whole_optimizer()["state"]
+    assert step(0.0).grad_norm == pytest.approx(2 * 3**0.5)
     assert not torch.equal(layer.weight, start)
-    assert engine.state_dict(keep=True)["state"][0]["step"] == 1
+    assert engine.whole_optimizer()["state"][0]["step"] == 1
 
 
 def test_a_save_that_fails_leaves_the_run_as_it_was(zero_engine, monkeypatch) -> None:
     engine, layer = zero_engine
-    engine.param_groups[0]["lr"] = 0.0
-    engine.param_groups[0]["weight_decay"] = 0.0
+    engine.set_learning_rate(0.0)
+    engine.optimizer.param_groups[0]["weight_decay"] = 0.0
 
     def step() -> None:
-        engine.backward(engine(input=torch.ones(2, 3)).sum(), last=True)
+        engine.backward(engine.model(input=torch.ones(2, 3)).sum())
         engine.step()
 
     step()
     start = layer.weight.clone()
     monkeypatch.setattr("deepspeed.utils.safe_get_full_fp32_param", mock.Mock(side_effect=RuntimeError("full")))
     with pytest.raises(RuntimeError, match="full"):
-        engine.state_dict(keep=True)
+        engine.whole_optimizer()
     step()
     assert torch.equal(layer.weight, start)
 

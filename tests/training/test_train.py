@@ -24,7 +24,7 @@ from training.model.ema import WeightAverage
 from training.model.schedule import LearningRate
 from training.outputs.checkpoints import CheckpointError, checkpoint_folders, find_checkpoints
 from training.settings.config import ConfigError, ScheduleConfig, TrainConfig, to_dict
-from training.train import Trainer
+from training.trainer import Trainer
 from transdiff_pipelines import TransDiffPipeline
 
 
@@ -203,7 +203,9 @@ def test_8_bit_adamw_is_built_or_says_what_to_install(make_config) -> None:
         with pytest.raises(ConfigError, match="pip install bitsandbytes"):
             Trainer(make_config(**{"optimizer.kind": "8bit"}))
     else:
-        assert type(Trainer(make_config(**{"optimizer.kind": "8bit"})).optimizer.optimizer).__name__ == "AdamW8bit"
+        assert (
+            type(Trainer(make_config(**{"optimizer.kind": "8bit"})).engine.optimizer.optimizer).__name__ == "AdamW8bit"
+        )
 
 
 def test_launchers_that_split_the_weights_are_refused_before_anything_is_lost() -> None:
@@ -300,13 +302,12 @@ def test_an_overflow_under_fp16_changes_neither_weights_nor_averages(make_config
     """accelerate's scaler is put in by hand, as a CPU has none. PyTorch's fused AdamW skips the step by itself."""
     trainer = Trainer(make_config())
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    trainer.accelerator.scaler = trainer.optimizer.scaler = scaler
-    trainer.optimizer._optimizer_original_step_method = trainer.optimizer.optimizer.step
-    trainer.optimizer._optimizer_patched_step_method = patch_optimizer_step(
-        trainer.optimizer, trainer.optimizer.optimizer.step
-    )
-    backward, factors = trainer._backward, iter([1.0, 1e38 * 1e38, 1.0])
-    trainer._backward = lambda loss: backward(loss * next(factors))
+    optimizer = trainer.engine.optimizer
+    trainer.accelerator.scaler = optimizer.scaler = scaler
+    optimizer._optimizer_original_step_method = optimizer.optimizer.step
+    optimizer._optimizer_patched_step_method = patch_optimizer_step(optimizer, optimizer.optimizer.step)
+    backward, factors = trainer.engine.backward, iter([1.0, 1e38 * 1e38, 1.0])
+    trainer.engine.backward = lambda loss: backward(loss * next(factors))
     states = []
     for index in range(3):
         trainer.train_step([trainer.batches[index]])

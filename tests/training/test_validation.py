@@ -16,13 +16,13 @@ from accelerate.state import AcceleratorState
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.cache_latents import cache_latents
+from training.data.held_out import hold_out
 from training.data.latent_cache import CacheError, LatentCache
 from training.dry_run import CPU_ATTENTION, describe, measure
 from training.outputs.metrics import Stopwatch, Window, smooth
 from training.outputs.publish import PublishError, check_repository
-from training.outputs.validation import hold_out
 from training.settings.config import ConfigError, TrainConfig, to_dict
-from training.train import Trainer
+from training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training.model.loss import drop_labels, logit_normal_timesteps
 from training.settings.config import TrainConfig
+from transdiff_pipelines.latents import NUM_TRAIN_TIMESTEPS
 
 
 Batch = dict[str, Tensor]
@@ -73,6 +73,21 @@ def keyed_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
+def truncate_timesteps(time: Tensor) -> Tensor:
+    """Times in [0, 1] to integer timesteps in [0, 1000): `floor(1000 t)`."""
+    return (time * NUM_TRAIN_TIMESTEPS).long().clamp(0, NUM_TRAIN_TIMESTEPS - 1)
+
+
+def logit_normal_timesteps(normal: Tensor) -> Tensor:
+    """Standard normal numbers to logit-normal integer timesteps: `floor(1000 sigmoid(z))`."""
+    return truncate_timesteps(normal.double().sigmoid())
+
+
+def drop_labels(labels: Tensor, dropped: Tensor, num_classes: int) -> Tensor:
+    """Labels `(B,)` with those marked in the boolean `dropped` `(B,)` replaced by the null class `num_classes`."""
+    return labels.masked_fill(dropped, num_classes)
+
+
 def draw_groups(
     labels: np.ndarray, group_size: int, seed: int, epoch: int, num_groups: int | None = None
 ) -> np.ndarray:
@@ -103,7 +118,7 @@ def count_groups(labels: np.ndarray, group_size: int) -> int:
 
 
 class GroupBatches(Dataset[Batch]):
-    """Item k is this process's part of batch k of the stream, ready for `velocity_loss`:
+    """Item k is this process's part of batch k of the stream, ready for `model.loss.prefix_losses`:
 
     `latents (B, N, C, s, s)` scaled, `labels (B,)` with drops applied, `timesteps (N, B * m)` and
     `noise (N, B * m, C, s, s)`. From images it has their pixels in place of latents, for `vae.PixelEncoder`.

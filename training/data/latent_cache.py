@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from transdiff_pipelines.files import new_file
+from transdiff_pipelines.latents import scale_latents
+
+from .errors import CacheError as CacheError
+
 
 FORMAT = 1
-
-
-class CacheError(ValueError):
-    """A cache that is missing, unfinished, or made with other settings."""
 
 
 class LatentCache:
@@ -97,7 +97,7 @@ class LatentCache:
     def collect(self, drawn: dict[str, Tensor], normal: Tensor) -> dict[str, Tensor]:
         """Scaled `latents` from stacked draws and standard normal numbers `(B, n, C, s, s)`."""
         samples = drawn["mean"] + drawn["std"] * normal
-        return {"latents": (samples - self.shift_factor) * self.scaling_factor}
+        return {"latents": scale_latents(samples, self.settings)}
 
     def select(self, rows: np.ndarray) -> LatentCache:
         """The cache with only these of its images, in this order, and all its classes."""
@@ -149,6 +149,5 @@ def digest_of(*parts: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON under a temporary name, then rename it, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

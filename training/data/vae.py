@@ -17,8 +17,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from training.settings.config import require
+from transdiff_pipelines.latents import scale_latents, vae_stride
 
-from .latent_cache import CacheError
+from .errors import DataError
 
 
 # Names that begin with these mean folders, as in the configurations, and are not looked for on the Hub.
@@ -29,10 +30,10 @@ def load_vae(name: str) -> AutoencoderKL:
     """The VAE of a folder, or of a Hub repository `org/name`, perhaps in a sub-folder: `org/name/vae`.
 
     Raises:
-        CacheError: if it is in neither place.
+        DataError: if it is in neither place.
     """
     if not Path(name).exists() and (name[0] in "./~" or Path(name).parts[0] in OWN_FOLDERS):
-        raise CacheError(f"data.vae: there is no folder {name}; name one with an AutoencoderKL, or a Hub repository")
+        raise DataError(f"data.vae: there is no folder {name}; name one with an AutoencoderKL, or a Hub repository")
     repository, _, subfolder = name.rpartition("/")
     is_nested = not Path(name).exists() and repository.count("/") == 1
     try:
@@ -41,7 +42,7 @@ def load_vae(name: str) -> AutoencoderKL:
         return AutoencoderKL.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CacheError(
+        raise DataError(
             f"data.vae {name!r} cannot be loaded: neither a folder with an AutoencoderKL here, nor to be had from the "
             f"Hub ({reason})"
         ) from error
@@ -68,14 +69,14 @@ def frozen_fingerprint(module: nn.Module) -> str:
 
 
 def check_vae(vae: AutoencoderKL, image_size: int) -> None:
-    stride, channels = 2 ** (len(vae.config.block_out_channels) - 1), vae.config.in_channels
+    stride, channels = vae_stride(vae.config), vae.config.in_channels
     require(image_size % stride == 0, f"data.image_size is {image_size}; the VAE needs a multiple of {stride}")
     require(channels in (1, 3), f"data.vae takes images of {channels} channels; grey (1) and RGB (3) can be cached")
 
 
 def latent_shape(vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
     """`(C, s, s)` of an image of `image_size` pixels a side."""
-    side = image_size // 2 ** (len(vae.config.block_out_channels) - 1)
+    side = image_size // vae_stride(vae.config)
     return vae.config.latent_channels, side, side
 
 
@@ -98,14 +99,14 @@ class PixelEncoder:
         """
         if "pixels" not in batch:
             return batch
-        pixels, normal, config = batch["pixels"], batch["posterior"], self.vae.config
+        pixels, normal = batch["pixels"], batch["posterior"]
         samples = torch.cat([
             self._sample(images, numbers)
             for images, numbers in zip(
                 pixels.flatten(0, 1).split(self.chunk), normal.flatten(0, 1).split(self.chunk), strict=True
             )
         ])  # fmt: skip
-        latents = (samples - (config.shift_factor or 0.0)) * config.scaling_factor
+        latents = scale_latents(samples, self.vae.config)
         num_images = len(batch["timesteps"])  # of which all are the same, if only one was read
         kept = {name: batch[name] for name in ("labels", "timesteps", "noise")}
         return kept | {"latents": latents.view_as(normal).expand(-1, num_images, -1, -1, -1)}

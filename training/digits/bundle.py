@@ -22,10 +22,10 @@ def bundle(model: str | Path, output: Path) -> None:
     pipeline.to(dtype=torch.float16).save_pretrained(partial)
     for config in partial.rglob("*.json"):
         entries = json.loads(config.read_text(encoding="utf-8"))
-        entries.pop("_name_or_path", None)  # a folder of the machine it was trained on
+        entries.pop("_name_or_path", None)  # names a folder of the machine that it was trained on
         config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for file in partial.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)  # weights are saved for their owner alone
+        file.chmod(0o755 if file.is_dir() else 0o644)  # weights are saved with permissions for their owner alone
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
 

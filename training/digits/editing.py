@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from training.digits.export import SPLITS, new_file
+from training.data.splits import SPLITS
 from training.digits.quality import Reference, load_split, pooled_pixels, recognition, summarise
 from transdiff_pipelines import TransDiffImg2ImgPipeline, TransDiffInpaintPipeline, TransDiffPipeline
+from transdiff_pipelines.files import new_file
 
 
 SOURCE, TARGET = 3, 8
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 RESAMPLING = {"straight through": {"jump_n_sample": 1}, "resampled": {"jump_length": 5, "jump_n_sample": 4}}
-BAND = 11  # rows of 32: a third
+BAND = 11  # rows of the image's 32: a third
 
 
 def swap_classes(

@@ -9,62 +9,18 @@ pixel: pooling an image gives the original back, and measures taken on pooled pi
 
 import argparse
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+
+from training.data.splits import split_indices
+from transdiff_pipelines.files import new_folder
 
 
-SPLITS = ("train", "validation", "test")
 DATA_MAXIMUM = 16  # load_digits counts inked pixels of a 4x4 block of a bitmap
 FACTOR = 4
-SPLIT_SEED = 0
-
-
-def refuse_existing(output: str | os.PathLike) -> None:
-    """Raise `FileExistsError` unless `output` is missing or an empty folder."""
-    output = Path(output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not an empty folder; remove it or choose another --output")
-
-
-@contextmanager
-def new_folder(output: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary folder beside `output` that is renamed to it at the end: a folder that exists is complete.
-
-    Raises:
-        FileExistsError: `output` exists and is not an empty folder.
-    """
-    output = Path(output)
-    refuse_existing(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    temporary.chmod(0o755)  # mkdtemp's folders are private
-    try:
-        yield temporary
-        temporary.replace(output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def new_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that replaces it at the end: a file that exists is complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def enlarge(images: np.ndarray, iterations: int = 40) -> np.ndarray:
@@ -89,14 +45,6 @@ def block_means(images: np.ndarray, factor: int = FACTOR) -> np.ndarray:
     """Mean of each `factor x factor` block: `(..., H, W)` to `(..., H / factor, W / factor)`."""
     *batch, height, width = images.shape
     return images.reshape(*batch, height // factor, factor, width // factor, factor).mean(axis=(-3, -1))
-
-
-def split_indices(labels: np.ndarray, seed: int = SPLIT_SEED) -> dict[str, np.ndarray]:
-    """Fixed stratified split into 70% train, 10% validation, 20% test: sorted indices by split name."""
-    everything = np.arange(len(labels))
-    rest, test = train_test_split(everything, test_size=0.2, stratify=labels, random_state=seed)
-    train, validation = train_test_split(rest, test_size=0.125, stratify=labels[rest], random_state=seed)
-    return {name: np.sort(part) for name, part in zip(SPLITS, (train, validation, test), strict=True)}
 
 
 def export(output: str | os.PathLike) -> dict[str, int]:

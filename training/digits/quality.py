@@ -26,8 +26,10 @@ from PIL import Image
 from scipy.spatial.distance import cdist
 from sklearn.svm import SVC
 
-from training.digits.export import DATA_MAXIMUM, SPLITS, block_means, new_file
+from training.data.splits import SPLITS
+from training.digits.export import DATA_MAXIMUM, block_means
 from transdiff_pipelines import TransDiffPipeline
+from transdiff_pipelines.files import new_file
 
 
 NUM_CLASSES = 10

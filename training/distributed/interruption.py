@@ -1,4 +1,4 @@
-"""Why a run ends before its time: bad steps, or Ctrl-C and SIGTERM, heeded where nothing is lost."""
+"""What ends a run early: too many bad steps, Ctrl-C, or SIGTERM. Signals are noted, and obeyed after a whole step."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class TrainingStopped(RuntimeError):
 
 
 class TrainingInterrupted(RuntimeError):
-    """Someone wanted the run to stop; a checkpoint was saved."""
+    """A signal asked the run to stop, and a checkpoint was saved."""
 
 
 class StopRequest:
-    """Whether someone wants the run to stop; a second signal ends the process at once.
+    """Notes that a signal asked the run to stop. A second signal ends the process at once.
 
     Attributes:
         made: whether a signal has come.
@@ -32,7 +32,7 @@ class StopRequest:
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """Wait for signals for the length of a `with` block; in other threads than the main one Python cannot."""
+        """Note signals inside the `with` block; outside the main thread, where Python cannot, this does nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

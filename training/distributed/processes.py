@@ -15,21 +15,22 @@ from accelerate.utils import (
 from training.settings.config import ConfigError, TrainConfig
 
 
-# The default of ten minutes is short where one prepares a dataset, draws previews or has more images to encode.
+# torch's default, ten minutes, is too short: the other processes wait while the main one prepares a dataset or draws
+# previews, or while one of them has more images to encode.
 LONGEST_WAIT = timedelta(days=1)
 
 
 def process_state() -> PartialState:
     """accelerate's view of this process and its companions.
 
-    On CPUs several processes work together only if ACCELERATE_USE_CPU says so, which `Accelerator` reads and
-    `PartialState` by itself does not: each would take itself for the only one, and do the whole work.
+    On CPUs several processes work together only if the variable ACCELERATE_USE_CPU is set. `Accelerator` reads it, and
+    `PartialState` by itself does not: each process would take itself for the only one, and do the whole work.
     """
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
-    """accelerate's engine for a run.
+    """The `Accelerator` of a run.
 
     Raises:
         ConfigError: for a launcher that splits the weights in its own way.
@@ -40,7 +41,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         log_with=config.trackers or None,
         project_config=ProjectConfiguration(str(output), logging_dir=str(output / "tensorboard")),
         kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # the gradients themselves, not a copy
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # gradients and buckets share memory
             InitProcessGroupKwargs(timeout=LONGEST_WAIT),
         ],
     )

@@ -86,7 +86,7 @@ class InceptionScore:
             raise ValueError(f"the Inception Score is a mean over {splits} splits, but there are {num_images} images")
         self.splits = splits
         self.split_of = torch.empty(num_images, dtype=torch.long)
-        # The order of torch-fidelity, so that its numbers come out.
+        # torch-fidelity shuffles in this order; with another one the numbers would differ from its.
         order = torch.from_numpy(np.random.RandomState(seed).permutation(num_images))
         bounds = torch.tensor([i * num_images // splits for i in range(1, splits)])
         self.split_of[order] = torch.bucketize(torch.arange(num_images), bounds, right=True)

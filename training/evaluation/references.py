@@ -25,9 +25,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from training.data.decoding import IMAGE_SUFFIXES, BadImage, read_image
-from training.digits.export import new_file
 from training.evaluation.features import Extractor, Features
 from training.evaluation.metrics import RunningStatistics, Statistics
+from transdiff_pipelines.files import new_file
 
 
 MAXIMUM_FEATURES = 10_000

@@ -8,8 +8,8 @@ from diffusers.utils import make_image_grid
 from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 
-from training.digits.export import new_file
 from training.evaluation.measure import TITLES
+from transdiff_pipelines.files import new_file
 
 
 def markdown_table(results: list[dict[str, Any]]) -> str:
@@ -60,7 +60,7 @@ def write_report(result: dict[str, Any], paths: list[Path], folder: Path) -> Non
     with new_file(folder / "samples.png") as temporary:
         contact_sheet(paths).save(temporary, format="png")
     texts = {"results.md": markdown_table([result]), "model-index.yml": model_index(result)}
-    # The JSON last: where it is, the rest is.
+    # The JSON file is written last, so that a folder that has it has the other files too.
     for name, text in (texts | {"results.json": json.dumps(result, indent=2) + "\n"}).items():
         with new_file(folder / name) as temporary:
             temporary.write_text(text)

@@ -16,8 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from training.data.batches import keyed_generator
-from training.digits.export import new_file
 from transdiff_pipelines import TransDiffPipeline
+from transdiff_pipelines.files import new_file
 
 
 LABEL_MODES = ("balanced", "random")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from training.digits.export import new_file
+from transdiff_pipelines.files import new_file
 
 
 SEARCHED = ("guidance_scale", "drift_scale", "diffusion_scale")
@@ -26,7 +26,7 @@ def parse_axis(text: str) -> tuple[str, list[float]]:
 
 def plot_search(axes: dict[str, list[float]], rows: list[dict[str, Any]], metric: str, path: Path) -> None:
     """A heat map of the metric over the first two axes, best of the others; with one axis a line."""
-    import matplotlib.pyplot as plt  # in the train extra
+    import matplotlib.pyplot as plt  # matplotlib comes with the train extra
 
     figure, plot = plt.subplots(figsize=(5, 4), layout="constrained")
     names = list(axes)[:2]
@@ -43,7 +43,9 @@ def plot_search(axes: dict[str, list[float]], rows: list[dict[str, Any]], metric
         values = np.array(grid)
         picture = plot.imshow(values, cmap="viridis_r" if best is min else "viridis")
         for (row, column), value in np.ndenumerate(values):
-            good = bool(np.asarray(picture.norm(value)) < 0.5) == (best is min)  # the light end of both maps
+            good = bool(np.asarray(picture.norm(value)) < 0.5) == (
+                best is min
+            )  # in both colour maps this end is light
             ink = "black" if good else "white"
             plot.text(column, row, f"{value:.3g}", ha="center", va="center", color=ink, fontsize=8)
         plot.set_xticks(range(len(axes[names[1]])), [str(value) for value in axes[names[1]]])

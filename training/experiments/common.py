@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from training.data.batches import keyed_generator
-from training.digits.export import new_file
 from training.digits.quality import Reference as DigitsReference
 from training.digits.quality import frechet_distance, pooled_pixels
 from training.evaluation.features import load_extractor
 from training.evaluation.measure import measure_batches
 from training.evaluation.references import load_reference
 from transdiff_pipelines import DIGITS, TransDiffPipeline
+from transdiff_pipelines.files import new_file
 
 
 RESAMPLES = 200

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from training import evaluate
-from training.digits.export import new_file
 from training.experiments import ar_steps, diversity, fewer_tokens, fusion, sequence_length, variations
+from transdiff_pipelines.files import new_file
 
 
 Main = Callable[[Sequence[str] | None], None]

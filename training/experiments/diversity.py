@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from training.digits.export import new_file
 from training.experiments.common import (
     add_judge_options,
     balanced,
@@ -35,6 +34,7 @@ from training.experiments.common import (
 )
 from training.outputs.checkpoints import checkpoint_folders
 from transdiff_pipelines import TransDiffPipeline
+from transdiff_pipelines.files import new_file
 
 
 FEWEST_RANKED = 5  # models; the rank correlation of fewer says nothing

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training.digits.export import new_file
 from training.experiments.common import add_judge_options, named_models, parser, write
 from training.experiments.diversity import measure_models
+from transdiff_pipelines.files import new_file
 
 
 TITLES = {"frechet": "Fréchet distance", "fid": "FID", "recognition": "recognised", "variance": "variance in a class"}
@@ -21,7 +21,7 @@ TITLES = {"frechet": "Fréchet distance", "fid": "FID", "recognition": "recognis
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Each measure against the number of images, in a panel of its own; two standard errors where there is one."""
-    import matplotlib.pyplot as plt  # in the train extra
+    import matplotlib.pyplot as plt  # matplotlib comes with the train extra
 
     measures = [name for name in TITLES if all(name in row for row in rows)]
     figure, panels = plt.subplots(

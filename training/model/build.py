@@ -121,7 +121,7 @@ def sizes_of(encoder: ARConditionEncoder, transformer: TransDiffTransformer2DMod
 
 
 def build_model(config: TrainConfig, data: TrainingData) -> tuple[TrainingModel, list[str]]:
-    """The model of a run and what a user should know about it, one line each.
+    """The model of a run, and lines about it that a user should read.
 
     Raises:
         ConfigError: if sizes or classes disagree with the pipeline to start from, or weights cannot be inherited.
@@ -181,7 +181,9 @@ def inherit_model(model: ModelConfig, lora: LoraConfig, data: TrainingData) -> t
 
 
 def encoder_side(model: ModelConfig, old: ARConditionEncoder, data: TrainingData) -> int:
-    """The side of the encoder's grid: the old one, for a 1-step encoder sees no image, whatever the resolution."""
+    """The side of the encoder's grid. It stays the old one: a 1-step encoder sees no image, so that the resolution
+    does not matter to it.
+    """
     side = data.latent_shape[1]
     if model.images_in_sequence > 1 and old.config.sample_size != side:
         raise ConfigError(
@@ -217,7 +219,9 @@ def describe_classes(sources: list[int | None], classes: list[str]) -> str:
 
 
 def check_adapted_sequence(model: ModelConfig, old: ARConditionEncoder) -> None:
-    """Raise ConfigError if a LoRA run would make other sequences than its base: what is new would stay untrained."""
+    """Raise ConfigError if a LoRA run would make other sequences than its base. They would need new weights, which
+    LoRA does not train.
+    """
     scales = old.config.scales and list(old.config.scales)
     if (model.patch_size, model.scales) != (old.config.patch_size, scales):
         raise ConfigError(
@@ -228,7 +232,7 @@ def check_adapted_sequence(model: ModelConfig, old: ARConditionEncoder) -> None:
 
 
 def adapted_classes(sources: list[int | None], classes: list[str], null_class: int) -> Tensor:
-    """`TrainingModel.class_ids` of a LoRA run, whose base keeps its own classes."""
+    """`TrainingModel.class_ids` of a LoRA run, in which the pipeline that is adapted keeps its classes."""
     unknown = [name for name, source in zip(classes, sources, strict=True) if source is None]
     if unknown:
         raise ConfigError(
@@ -239,7 +243,9 @@ def adapted_classes(sources: list[int | None], classes: list[str], null_class: i
 
 
 def freeze(built: TrainingModel, model: ModelConfig) -> list[str]:
-    """Freeze what the configuration names, and what nothing reads; dropout stays on. Returns a line for each."""
+    """Freeze the networks that the configuration names, and weights that the loss does not depend on; dropout stays
+    on. Returns a line about each.
+    """
     notes = []
     for part in model.frozen:
         getattr(built, part).requires_grad_(False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,13 +10,18 @@ from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from training.distributed.sharding import from_slices, local, sliced_like
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's slice of a tensor that is split over processes, sharing its memory; other tensors as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class WeightAverage:
-    """The average of a module's trained parameters; frozen ones are their own average. Of parameters that are split
-    over processes each process averages its slices.
+    """The average of a module's trained parameters; frozen ones do not change and need none.
+
+    If parameters are split over processes, each process averages its own slices.
 
     Args:
         module: the module, unwrapped from DDP.
@@ -26,19 +31,19 @@ class WeightAverage:
 
     def __init__(self, module: nn.Module, decay: float, warmup: bool = True) -> None:
         self.module = module
-        self.trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
-        self.names = list(self.trained)
-        self.parameters = [local(value.detach()).requires_grad_() for value in self.trained.values()]
+        trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        self.names = list(trained)
+        self.parameters = [local(value.detach()).requires_grad_() for value in trained.values()]
         self.average = EMAModel(
             self.parameters,
             decay=decay,
             min_decay=0.0 if warmup else decay,
-            update_after_step=-1,  # else the first update would be a copy
+            update_after_step=-1,  # otherwise the first update would only copy the weights
             foreach=True,
         )
 
     def update(self) -> None:
-        """Take in the module's weights after an optimiser step."""
+        """Update the average with the module's weights, after an optimiser step."""
         self.average.step(self.parameters)
 
     @contextmanager
@@ -54,18 +59,15 @@ class WeightAverage:
             self.average.restore(self.parameters)
             self.module.train(training)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The averages by the names of their parameters, split over processes where those are."""
-        pairs = zip(self.trained.items(), self.average.shadow_params, strict=True)
-        return {name: from_slices(shadow, value) for (name, value), shadow in pairs}
+    def save(self, path: Path, averaged: nn.Module) -> None:
+        """Write the averages, which are the parameters of the whole module `averaged`, and the number of updates."""
+        state = averaged.state_dict()
+        tensors = {name: state[name].contiguous() for name in self.names}
+        save_file(tensors, path, metadata={"step": str(self.average.optimization_step)})
 
-    def save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write `tensors`, whole, with the number of updates."""
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, path, metadata={"step": str(self.average.optimization_step)})
-
-    def load(self, path: Path) -> None:
+    def load(self, path: Path, part_of: Callable[[str, Tensor], Tensor]) -> None:
+        """Read a file of `save`. `part_of` returns what this process keeps of a whole tensor (`Engine.part_of`)."""
         with safe_open(path, framework="pt") as file:
-            for (name, value), shadow in zip(self.trained.items(), self.average.shadow_params, strict=True):
-                shadow.copy_(local(sliced_like(file.get_tensor(name), value)))
+            for name, shadow in zip(self.names, self.average.shadow_params, strict=True):
+                shadow.copy_(part_of(name, file.get_tensor(name)))
             self.average.optimization_step = int(file.metadata()["step"])

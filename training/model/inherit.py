@@ -23,7 +23,7 @@ Rule = Callable[[Tensor, Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class Inherited:
-    """What became of one tensor."""
+    """How one tensor of the new model was filled."""
 
     name: str
     action: Literal["copied", "resized", "fresh"]
@@ -32,7 +32,7 @@ class Inherited:
 
 
 def fresh_projection(old: Tensor, new: Tensor) -> Tensor | None:
-    """1-step -> MRAR: images enter through C * p * p numbers instead of C, which no trained weight knows."""
+    """1-step -> MRAR: an image's tokens have C * p * p numbers instead of C; there is no trained weight for that."""
     return None
 
 
@@ -64,7 +64,8 @@ ENCODER_RULES: dict[str, Rule] = {
     "mask_token": repeat_mask_token,
 }
 DECODER_RULES: dict[str, Rule] = {"position_embedding": interpolate_positions}
-# Tensors whose shape stays while the one named changes: a fresh weight with an old bias would be neither.
+# A tensor that keeps its shape, and the one whose change of shape makes it fresh as well: the bias of a layer is of no
+# use beside a fresh weight.
 FRESH_TOGETHER = {"reference_projection.bias": "reference_projection.weight"}
 
 

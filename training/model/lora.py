@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import peft
 from peft.utils import get_peft_model_state_dict
@@ -14,13 +14,10 @@ from training.settings.config import LATENT_PARTS, ConfigError, LoraConfig
 from transdiff_pipelines import TransDiffPipeline
 
 
-if TYPE_CHECKING:
-    from .build import TrainingModel
-
 ADAPTER = "default"
 
 
-def add_adapters(built: TrainingModel, lora: LoraConfig, frozen: list[str]) -> list[str]:
+def add_adapters(built: nn.Module, lora: LoraConfig, frozen: list[str]) -> list[str]:
     """Freeze both networks and give those not named in `frozen` adapters to train; returns a line for each.
 
     Raises:
@@ -53,7 +50,7 @@ def check_targets(network: nn.Module, part: str, targets: list[str]) -> None:
             raise ConfigError(f"lora.targets names {target!r}, which {part} does not have; it has {', '.join(kinds)}")
 
 
-def save_adapters(built: TrainingModel, folder: Path) -> None:
+def save_adapters(built: nn.Module, folder: Path) -> None:
     """Write the adapters of both networks to one file in `folder`, with their rank and alpha."""
     arguments: dict[str, Any] = {}
     for part in LATENT_PARTS:

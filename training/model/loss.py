@@ -12,24 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transdiff_pipelines import ARConditionEncoder, TransDiffTransformer2DModel
-
-
-NUM_TRAIN_TIMESTEPS = 1000
-
-
-def truncate_timesteps(time: Tensor) -> Tensor:
-    """Times in [0, 1] to integer timesteps in [0, 1000): `floor(1000 t)`."""
-    return (time * NUM_TRAIN_TIMESTEPS).long().clamp(0, NUM_TRAIN_TIMESTEPS - 1)
-
-
-def logit_normal_timesteps(normal: Tensor) -> Tensor:
-    """Standard normal numbers to logit-normal integer timesteps: `floor(1000 sigmoid(z))`."""
-    return truncate_timesteps(normal.double().sigmoid())
-
-
-def drop_labels(labels: Tensor, dropped: Tensor, num_classes: int) -> Tensor:
-    """Labels `(B,)` with those marked in the boolean `dropped` `(B,)` replaced by the null class `num_classes`."""
-    return labels.masked_fill(dropped, num_classes)
+from transdiff_pipelines.latents import NUM_TRAIN_TIMESTEPS, noise_latents
 
 
 def tile(tensor: Tensor, times: int) -> Tensor:
@@ -72,24 +55,12 @@ def prefix_losses(
         clean = tile(latents[:, image], times)
         # Eq. 4: x_t = (1 - t) x_0 + t eps with velocity eps - x_0; the network sees the truncated t as well.
         sigma = (timesteps[image].to(clean.dtype) / NUM_TRAIN_TIMESTEPS).view(-1, 1, 1, 1)
-        noisy = (1 - sigma) * clean + sigma * noise[image]
+        noisy = noise_latents(clean, noise[image], sigma)
         # Eq. 12: attention is block-causal, so the condition of image i is a prefix of the whole one.
         prefix = [(key[:, :end], value[:, :end]) for key, value in projected]
         velocity = transformer(noisy, timesteps[image], prefix).sample
         losses.append(F.mse_loss(velocity.float(), (noise[image] - clean).float()))
     return torch.stack(losses)
-
-
-def velocity_loss(
-    encoder: ARConditionEncoder,
-    transformer: TransDiffTransformer2DModel,
-    latents: Tensor,
-    labels: Tensor,
-    timesteps: Tensor,
-    noise: Tensor,
-) -> Tensor:
-    """The training loss: the mean of `prefix_losses` (same arguments); 1-step is the case N = 1."""
-    return prefix_losses(encoder, transformer, latents, labels, timesteps, noise).mean()
 
 
 def check_shapes(latents: Tensor, timesteps: Tensor, noise: Tensor) -> int:

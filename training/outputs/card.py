@@ -1,4 +1,4 @@
-"""The card of a finished run: of a pipeline, with its loss curve and samples beside it, or of LoRA adapters."""
+"""The model card of a finished run: of a pipeline, with loss curve and samples, or of LoRA adapters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_card(
     data: str,
     metrics: Sequence[Mapping[str, float]],
 ) -> None:
-    """README.md in the folder of a run's result, from what the run left in `config.output`.
+    """README.md in the folder of a run's result, made from what the run wrote to `config.output`.
 
     Args:
         pipeline: the result; of a LoRA run the pipeline that is adapted.

@@ -2,7 +2,8 @@
 
 OUTPUT/checkpoints/step-00001000/
     pipeline/          the averaged weights as a TransDiffPipeline, ready for from_pretrained
-    state/             model.safetensors, ema.safetensors (raw and averaged weights), optimiser (accelerate's format)
+    state/             model.safetensors, ema.safetensors (raw and averaged weights), optimizer.bin, and of each
+                       process random_states_RANK.pkl
     progress.json      step, skipped steps, global batch, the resolved configuration
 
 A LoRA run has lora/ in place of pipeline/, and its adapters alone in state/.
@@ -20,10 +21,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from safetensors import SafetensorError
 
 from training.data.latent_cache import write_json
-from training.settings.config import ConfigError, TrainConfig, build, to_dict
+from training.settings.config import ConfigError, TrainConfig, build
+from training.settings.schema import settings_that_differ
 
 
 class CheckpointError(ValueError):
@@ -31,49 +34,12 @@ class CheckpointError(ValueError):
 
 
 class BrokenCheckpointError(CheckpointError):
-    """A checkpoint that cannot be read: the one before it may be good."""
+    """A checkpoint that cannot be read. An older one may still be good."""
 
 
-# What a full disk makes of writing, and a file that is truncated or something else of reading.
+# Errors that writers raise when the disk is full, and readers when a file is truncated or of another kind.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 READ_ERRORS = (*WRITE_ERRORS, ValueError, KeyError, EOFError, pickle.UnpicklingError)
-
-
-# Settings that may change when a run goes on; any other difference would make it a different run. The global batch may
-# be cut into other batches and processes: its size is compared instead.
-FREE_ON_RESUME = (
-    "output",
-    "resume",
-    "log_every",
-    "checkpoints.",
-    "preview.",
-    "validation.cache",
-    "validation.every",
-    "validation.images",
-    "trackers",
-    "project",
-    "push_to_hub",
-    "schedule.",
-    "sampling.",
-    "data.workers",
-    "data.images",
-    "data.dataset",
-    "data.subset",
-    "data.split",
-    "data.streaming",
-    "data.image_column",
-    "data.label_column",
-    "data.classes",
-    "data.min_side",
-    "data.encode_batch_size",
-    "data.batch_size",
-    "optimizer.max_bad_steps",
-    "optimizer.gradient_accumulation",
-    "optimizer.global_batch_size",
-    "gradient_checkpointing",
-    "compile",
-    "sharding",
-)
 
 
 def checkpoint_folders(output: Path) -> list[Path]:
@@ -90,7 +56,7 @@ def checkpoint_path(output: Path, step: int) -> Path:
 def find_checkpoints(output: Path, resume: str) -> list[Path]:
     """The checkpoints that `resume` (auto, latest, never or a path) means for the run in `output`, best first.
 
-    The second and later ones are for the case that the first cannot be read; none is a start from the beginning.
+    The second and later ones are used if the first cannot be read. An empty list means to start from the beginning.
 
     Raises:
         CheckpointError: if it does not exist, or if `never` meets a folder with checkpoints.
@@ -114,12 +80,12 @@ def find_checkpoints(output: Path, resume: str) -> list[Path]:
 
 
 def all_processes(accelerator: Accelerator, fine: bool) -> bool:
-    """Whether things are fine on every process; all call this together."""
+    """Whether `fine` is true on every process; all processes call this together."""
     return bool(accelerator.gather(torch.tensor([fine], device=accelerator.device)).all())
 
 
 def resume_from(accelerator: Accelerator, candidates: list[Path], load: Callable[[Path], None]) -> dict[Path, str]:
-    """Load the first of the candidates that can be read, on all processes the same; returns why others cannot be.
+    """Load the first of the candidates that every process can read; returns why those before it cannot be read.
 
     Raises:
         CheckpointError: if none can be read.
@@ -139,8 +105,9 @@ def resume_from(accelerator: Accelerator, candidates: list[Path], load: Callable
 
 
 def set_aside(output: Path, step: int, broken: Collection[Path]) -> list[str]:
-    """Give the checkpoints after `step` other names, so that none is taken for one of the run that goes on from there:
-    broken-step-..., or abandoned-step-... if they can be read. Returns a line on each.
+    """Rename the checkpoints after `step`, from which the run continues, to broken-step-... or abandoned-step-...
+
+    Otherwise a later start would take them for checkpoints of this run. Returns a line about each.
     """
     lines = []
     for path in checkpoint_folders(output):
@@ -153,9 +120,22 @@ def set_aside(output: Path, step: int, broken: Collection[Path]) -> list[str]:
 
 
 def remove_leftovers(output: Path) -> None:
-    """Delete what runs that were killed have left half-written."""
+    """Delete the unfinished checkpoints of runs that were killed while they wrote."""
     for path in (output / "checkpoints").glob(".step-*.partial"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def save_process_state(accelerator: Accelerator, folder: Path) -> None:
+    """Write the random states of this process and, in a run with fp16, the state of the scaler."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_accelerator_state(
+        str(folder), [], [], [], [], accelerator.process_index, accelerator.step, accelerator.scaler
+    )
+
+
+def load_process_state(accelerator: Accelerator, folder: Path) -> None:
+    """Read what `save_process_state` wrote; a process for which there is no file keeps its random states."""
+    load_accelerator_state(str(folder), [], [], [], [], accelerator.process_index, accelerator.scaler)
 
 
 def save_checkpoint(
@@ -187,8 +167,9 @@ def save_checkpoint(
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
 
-    # After each part all processes agree whether to go on: one that fails must not leave the others in a gather.
-    parts = [make_folder, lambda: accelerator.save_state(str(partial / "state")), lambda: save_weights(partial)]
+    # After each part all processes agree whether to continue. If one of them failed and the others went on, they would
+    # wait for it forever in the next gather.
+    parts = [make_folder, lambda: save_process_state(accelerator, partial / "state"), lambda: save_weights(partial)]
     for part in [*parts, put_in_place]:
         problem = None
         try:
@@ -220,40 +201,23 @@ def read_progress(
     """
     try:
         progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-        settings = to_dict(build(TrainConfig, progress["config"]))  # settings that were not there yet have defaults
+        before = build(TrainConfig, progress["config"])  # a key that did not exist yet gets its default
     except ConfigError as error:
         raise CheckpointError(f"{checkpoint} was written by another version: {error}") from None
     except READ_ERRORS as error:
         raise BrokenCheckpointError(f"{checkpoint / 'progress.json'} cannot be read ({error!r})") from error
-    differing = settings_that_differ(settings, to_dict(config))
+    # The global batch may be divided otherwise over batches and processes, so its size is compared and not theirs.
+    differing = sorted(settings_that_differ(before, config))
     if progress.get("groups_per_step", groups_per_step) != groups_per_step:
         differing.append(
             f"the global batch (data.batch_size x processes x accumulation) was {progress['groups_per_step']}, "
             f"now {groups_per_step}"
         )
-    before = progress.get("origins", {})
-    differing += [f"the {name} were others" for name in origins if before.get(name, origins[name]) != origins[name]]
+    old = progress.get("origins", {})
+    differing += [f"the {name} were others" for name in origins if old.get(name, origins[name]) != origins[name]]
     if differing:
         raise CheckpointError(
             f"{checkpoint} belongs to a run with other settings: {'; '.join(differing)}. Set them back, or choose "
             "another output folder (to start from its weights: --model.start_from=.../pipeline)"
         )
     return progress
-
-
-def settings_that_differ(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A phrase for each setting that differs and may not."""
-    old, new = flatten(before), flatten(now)
-    return [
-        f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(FREE_ON_RESUME)
-    ]
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat

@@ -13,30 +13,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageOps
 
 from training.settings.config import PreviewConfig
 from transdiff_pipelines import TransDiffPipeline
+from transdiff_pipelines.files import new_file
 
 
 class MetricsLog:
-    """A file of a run with one JSON object a line; lines after `step`, of a run that was killed, are cut off.
+    """A file of a run with one JSON object a line: metrics.jsonl on training, validation.jsonl on held-out images.
 
-    metrics.jsonl tells of training, validation.jsonl of the held-out images.
+    A run that was killed may have logged steps after its last checkpoint. It continues from that checkpoint, so the
+    lines after `step` are removed when the log is opened.
     """
 
     def __init__(self, output: Path, step: int, name: str = "metrics.jsonl") -> None:
         self.path = output / name
         kept = [line for line in self.read() if line["step"] <= step]
-        temporary = self.path.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        with new_file(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def read(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
         lines = self.path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.endswith("}")]  # a kill may leave half a last line
+        return [
+            json.loads(line) for line in lines if line.endswith("}")
+        ]  # if the run was killed while it wrote, the last line is incomplete
 
     def write(self, values: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -62,33 +66,24 @@ class MetricsLog:
             label = f"held-out images, {name.replace('ema', 'averaged')} weights"
             axes.plot([line["step"] for line in held_out], values, ".-", color=colour, label=label)
         axes.grid(alpha=0.3, which="both")
-        if max(losses) < 10 * min(losses):  # within a decade powers of ten say little
+        if max(losses) < 10 * min(
+            losses
+        ):  # labels at powers of ten alone would be too few on an axis that covers less than a decade
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
         axes.legend()
-        temporary = self.path.with_name(".loss.partial.png")
-        figure.savefig(temporary, dpi=120)
-        os.replace(temporary, self.path.with_name("loss.png"))
+        with new_file(self.path.with_name("loss.png")) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
 
 
 def smooth(values: list[float], decay: float) -> list[float]:
-    """Exponential moving average without the bias of its start."""
+    """Exponential moving average, corrected for starting at zero; values that are not finite are left out."""
     average, weight, smoothed = 0.0, 0.0, []
     for value in values:
-        if math.isfinite(value):  # a bad step was skipped, here too
+        if math.isfinite(value):
             average, weight = decay * average + (1 - decay) * value, decay * weight + (1 - decay)
         smoothed.append(average / weight if weight else value)
     return smoothed
-
-
-def image_grid(images: list[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """Images of one size, row by row, on white."""
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for index, image in enumerate(images):
-        grid.paste(image, (index % columns * (width + gap), index // columns * (height + gap)))
-    return grid
 
 
 def save_preview(pipeline: TransDiffPipeline, preview: PreviewConfig, seed: int, path: Path) -> Image.Image:
@@ -98,16 +93,15 @@ def save_preview(pipeline: TransDiffPipeline, preview: PreviewConfig, seed: int,
     generator = torch.Generator().manual_seed(seed)
     labels, steps = columns * preview.rows, preview.num_inference_steps
     images = pipeline(labels, num_inference_steps=steps, generator=generator).images
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.partial.png")
-    grid = image_grid(images, len(columns))
-    grid.save(temporary)
-    os.replace(temporary, path)
+    framed = [ImageOps.expand(image, border=1, fill="white") for image in images]
+    grid = make_image_grid(framed, preview.rows, len(columns))
+    with new_file(path) as temporary:
+        grid.save(temporary, format="PNG")
     return grid
 
 
 def moment(device: torch.device) -> Any:
-    """Now: by the clock, on a GPU when its queue gets here, so that nobody waits for it."""
+    """The present moment; on a GPU an event in its queue, so that the program does not wait for the GPU."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -116,12 +110,15 @@ def moment(device: torch.device) -> Any:
 
 
 def seconds_between(start: Any, end: Any) -> float:
-    """Seconds from one `moment` to another; a GPU must have passed both."""
+    """Seconds from one `moment` to another. A GPU must have worked through its queue up to both (`Stopwatch.now`)."""
     return start.elapsed_time(end) / 1000 if isinstance(start, torch.cuda.Event) else end - start
 
 
 class Stopwatch:
-    """Seconds spent in named parts of the loop, the device's work included: `with watch.timing("data"): ...`."""
+    """Measures the seconds spent in named parts of the loop, including the work of a GPU.
+
+    `with watch.timing("data"): ...` adds the time of the block to the part "data".
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -138,7 +135,7 @@ class Stopwatch:
         self.timed.append((name, start, moment(self.device)))
 
     def seconds(self) -> dict[str, float]:
-        """By name, since the last `clear`."""
+        """The seconds of each named part since the last `clear`."""
         self.now()
         total: dict[str, float] = {}
         for name, start, end in self.timed:
@@ -158,7 +155,7 @@ class Stopwatch:
 class PeakMemory:
     """`with PeakMemory(device) as peak: …` then `peak.bytes`: the most memory in use above what was before.
 
-    On a CPU torch's profiler counts what is allocated in the block, which takes time: nothing in it should be timed.
+    On a CPU torch's profiler counts what is allocated in the block. This slows the block down, so do not time it.
     """
 
     def __init__(self, device: torch.device):
@@ -170,7 +167,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
         else:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would announce itself in the terminal
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints a line on the terminal
             self._profiler = torch.profiler.profile(
                 activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
             )
@@ -212,7 +209,7 @@ class Window:
         `encoding_fraction` that of moving them to the device and encoding images that are not cached.
         """
         losses = torch.stack(self.losses)
-        good = losses.isfinite().all(1)  # bad steps were skipped
+        good = losses.isfinite().all(1)  # steps whose loss was not finite were skipped
         means = (losses[good] if good.any() else losses).mean(0)
         values = {"loss": means.mean().item()}
         if len(means) > 1:

@@ -1,4 +1,4 @@
-"""A finished run on the Hub."""
+"""Uploading the result of a run to the Hub."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from training.settings.config import ConfigError
 
 
 class PublishError(RuntimeError):
-    """The result of a run did not reach the Hub; it lies on disk nevertheless."""
+    """The result of a run could not be uploaded to the Hub. It is complete on disk."""
 
 
 def check_repository(repo_id: str) -> None:
-    """Refuse what would fail at the end of a run, before it begins.
+    """Check before a run begins what would make the upload at its end fail.
 
     Raises:
         ConfigError: if `repo_id` is no name of a repository, or if nobody is logged in.
@@ -40,7 +40,7 @@ def publish(folder: Path, repo_id: str) -> str:
         api.upload_folder(
             repo_id=address.repo_id, folder_path=folder, commit_message="Trained with transdiff_pipelines"
         )
-    except Exception as error:  # whatever network and server do, the run is finished
+    except Exception as error:  # of any kind: network and server fail in many ways, and the run itself is finished
         raise PublishError(
             f"{folder} is complete but was not pushed to {repo_id} ({type(error).__name__}: {error}). Try again with: "
             f"hf upload {repo_id} {folder}"

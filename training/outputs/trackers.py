@@ -1,4 +1,4 @@
-"""Where a run reports to besides its own files: TensorBoard, or what else accelerate's trackers know."""
+"""Reporting to TensorBoard, Weights & Biases and whatever else accelerate has a tracker for."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from PIL import Image
 
 from training.settings.config import ConfigError, TrainConfig, to_dict
-
-from .checkpoints import flatten
+from training.settings.schema import flatten
 
 
 def check_trackers(names: list[str]) -> None:
@@ -29,7 +28,7 @@ def check_trackers(names: list[str]) -> None:
 
 
 def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Begin to report, with the configuration as hyper-parameters; TensorBoard's files go to OUTPUT/tensorboard."""
+    """Start the trackers with the configuration as hyper-parameters. TensorBoard's files go to OUTPUT/tensorboard."""
     plain = (int, float, str)
     values = {
         key: value if isinstance(value, plain) else str(value) for key, value in flatten(to_dict(config)).items()
@@ -39,7 +38,7 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
-    """Show an image in TensorBoard and W&B; the other trackers each want something else, or take none."""
+    """Show an image in TensorBoard and W&B. Other trackers take images in forms of their own, or take none."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")

@@ -95,25 +95,37 @@ class DataConfig:
     """Images, the VAE that encodes them, and the cache of latents that training reads in their place."""
 
     images: str | None = option(
-        None, "folder with one sub-folder per class; read by cache_latents, and by training if data.cache is null"
+        None,
+        "folder with one sub-folder per class; read by cache_latents, and by training if data.cache is null",
+        free_on_resume=True,
     )
     dataset: str | None = option(
         None,
         "in place of data.images: a Hugging Face dataset (a Hub name, a folder that load_dataset reads, or one that "
         "save_to_disk wrote)",
+        free_on_resume=True,
     )
-    subset: str | None = option(None, "data.dataset: the configuration of a dataset that has several")
-    split: str = option("train", "data.dataset: the split")
-    streaming: bool = option(False, "data.dataset: read it from the network as it is encoded, without a download")
-    image_column: str = option("image", "data.dataset: the column of images")
-    label_column: str = option("label", "data.dataset: the column of classes, as numbers or names")
+    subset: str | None = option(
+        None, "data.dataset: the configuration of a dataset that has several", free_on_resume=True
+    )
+    split: str = option("train", "data.dataset: the split", free_on_resume=True)
+    streaming: bool = option(
+        False, "data.dataset: read it from the network as it is encoded, without a download", free_on_resume=True
+    )
+    image_column: str = option("image", "data.dataset: the column of images", free_on_resume=True)
+    label_column: str = option(
+        "label", "data.dataset: the column of classes, as numbers or names", free_on_resume=True
+    )
     classes: list[str] | None = option(
         None,
         "class names in the order of their ids; images of other classes are left out. null: the order of the "
         "dataset's ClassLabel feature, else the natural order of the names; where labels are plain numbers, the list "
         "names 0, 1, 2, ...",
+        free_on_resume=True,
     )
-    min_side: int = option(8, "images with a shorter side of fewer pixels are skipped; others are enlarged")
+    min_side: int = option(
+        8, "images with a shorter side of fewer pixels are skipped; others are enlarged", free_on_resume=True
+    )
     vae: str = option(
         "",
         "AutoencoderKL: a folder, or a Hub name with a sub-folder or none (org/name/vae); unset: that of "
@@ -128,15 +140,17 @@ class DataConfig:
     mirror: bool = option(True, "an image or its mirror is drawn each time, a cache holds both (off for digits)")
     dtype: Literal["float32", "float16"] = option("float32", "how moments are stored; float16 halves a large cache")
     shard_size: int = option(8192, "images in a cache shard")
-    encode_batch_size: int = option(32, "images the VAE encodes at once")
-    batch_size: int = option(32, "groups (1-step: images) per process and accumulation step")
+    encode_batch_size: int = option(32, "images the VAE encodes at once", free_on_resume=True)
+    batch_size: int = option(32, "groups (1-step: images) per process and accumulation step", free_on_resume=True)
     groups_per_epoch: int | None = option(
         None,
         "length of an epoch in groups; unset: each image is used once, images / N groups of N different images of a "
         "class, where a class's last group is filled up with its images already used in this epoch (a class with "
         "fewer than N images repeats them)",
     )
-    workers: int = option(0, "processes that prepare batches ahead; 0: the training process itself")
+    workers: int = option(
+        0, "processes that prepare batches ahead; 0: the training process itself", free_on_resume=True
+    )
 
     def __post_init__(self) -> None:
         some = any(name is not None for name in (self.cache, self.images, self.dataset))
@@ -174,16 +188,21 @@ class OptimizerConfig:
     beta2: float = option(0.95, "AdamW")
     weight_decay: float = option(0.02, "AdamW, matrices and embeddings of the condition encoder only")
     max_grad_norm: float = option(3.0, "gradients are clipped to this norm")
-    gradient_accumulation: int | None = option(None, "batches per step; null: 1, or what global_batch_size asks")
+    gradient_accumulation: int | None = option(
+        None, "batches per step; null: 1, or what global_batch_size asks", free_on_resume=True
+    )
     global_batch_size: int | None = option(
         None,
         "groups (1-step: images) per optimiser step over all processes; gradient accumulation follows from it, "
         "data.batch_size and the number of processes",
+        free_on_resume=True,
     )
     kind: Literal["fused", "adamw", "8bit"] = option(
         "fused", "PyTorch's AdamW in one kernel, in several, or bitsandbytes' 8-bit AdamW (to be installed for it)"
     )
-    max_bad_steps: int = option(5, "stop after this many steps in a row whose loss or gradient is not finite")
+    max_bad_steps: int = option(
+        5, "stop after this many steps in a row whose loss or gradient is not finite", free_on_resume=True
+    )
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
@@ -203,11 +222,15 @@ class OptimizerConfig:
 class ScheduleConfig:
     """Length and learning-rate shape, in epochs or in optimiser steps; applied per optimiser step."""
 
-    epochs: float | None = option(None, "length in epochs; or give steps")
-    steps: int | None = option(None, "length in optimiser steps; or give epochs")
-    warmup_epochs: float | None = option(None, "linear warm-up in epochs; or give warmup_steps")
-    warmup_steps: int | None = option(None, "linear warm-up in optimiser steps; or give warmup_epochs")
-    decay: Literal["constant", "cosine"] = option("constant", "after the warm-up: constant (paper), or cosine to zero")
+    epochs: float | None = option(None, "length in epochs; or give steps", free_on_resume=True)
+    steps: int | None = option(None, "length in optimiser steps; or give epochs", free_on_resume=True)
+    warmup_epochs: float | None = option(None, "linear warm-up in epochs; or give warmup_steps", free_on_resume=True)
+    warmup_steps: int | None = option(
+        None, "linear warm-up in optimiser steps; or give warmup_epochs", free_on_resume=True
+    )
+    decay: Literal["constant", "cosine"] = option(
+        "constant", "after the warm-up: constant (paper), or cosine to zero", free_on_resume=True
+    )
 
     def __post_init__(self) -> None:
         require((self.epochs is None) != (self.steps is None), "schedule needs one of epochs and steps")
@@ -231,8 +254,10 @@ class EmaConfig:
 
 @dataclass
 class CheckpointConfig:
-    every: int = option(5000, "optimiser steps between checkpoints; there is always one at the end")
-    keep: int = option(2, "how many of the latest checkpoints are kept")
+    every: int = option(
+        5000, "optimiser steps between checkpoints; there is always one at the end", free_on_resume=True
+    )
+    keep: int = option(2, "how many of the latest checkpoints are kept", free_on_resume=True)
 
     def __post_init__(self) -> None:
         require(self.every >= 1, f"checkpoints.every is {self.every}; it must be 1 or more")
@@ -241,10 +266,14 @@ class CheckpointConfig:
 
 @dataclass
 class PreviewConfig:
-    every: int | None = option(5000, "optimiser steps between preview grids of EMA and raw weights; null: none")
-    labels: list[int] | None = option(None, "class indices, one column each; null: the first ten classes")
-    rows: int = option(4, "images per class")
-    num_inference_steps: int = option(50, "sampler steps of a preview")
+    every: int | None = option(
+        5000, "optimiser steps between preview grids of EMA and raw weights; null: none", free_on_resume=True
+    )
+    labels: list[int] | None = option(
+        None, "class indices, one column each; null: the first ten classes", free_on_resume=True
+    )
+    rows: int = option(4, "images per class", free_on_resume=True)
+    num_inference_steps: int = option(50, "sampler steps of a preview", free_on_resume=True)
 
     def __post_init__(self) -> None:
         require(self.every is None or self.every >= 1, f"preview.every is {self.every}; it must be 1 or more, or null")
@@ -259,10 +288,14 @@ class ValidationConfig:
 
     fraction: float = option(0.0, "share of each class's images that is held out of training; the same for a seed")
     cache: str | None = option(
-        None, "or a latent cache of other images: of the same VAE and size, with the same classes in the same order"
+        None,
+        "or a latent cache of other images: of the same VAE and size, with the same classes in the same order",
+        free_on_resume=True,
     )
-    every: int = option(1000, "optimiser steps between validations; there is always one at the end")
-    images: int = option(1024, "held-out images used, at most")
+    every: int = option(
+        1000, "optimiser steps between validations; there is always one at the end", free_on_resume=True
+    )
+    images: int = option(1024, "held-out images used, at most", free_on_resume=True)
 
     def __post_init__(self) -> None:
         require(0 <= self.fraction < 1, f"validation.fraction is {self.fraction}; it must be in [0, 1)")
@@ -276,9 +309,9 @@ class ValidationConfig:
 class SamplingConfig:
     """What the finished pipeline recommends; the previews use it too. null: as model.start_from, or 1.3, 1 and 1."""
 
-    guidance_scale: float | None = option(None, "recommended classifier-free guidance")
-    drift_scale: float | None = option(None, "scheduler: scale of the SDE's drift")
-    diffusion_scale: float | None = option(None, "scheduler: scale of the SDE's noise")
+    guidance_scale: float | None = option(None, "recommended classifier-free guidance", free_on_resume=True)
+    drift_scale: float | None = option(None, "scheduler: scale of the SDE's drift", free_on_resume=True)
+    diffusion_scale: float | None = option(None, "scheduler: scale of the SDE's noise", free_on_resume=True)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -289,7 +322,9 @@ class SamplingConfig:
 class TrainConfig:
     """A training run. Everything a run depends on stands here; nothing is implied by the code."""
 
-    output: str = option("", "folder of the run: checkpoints, previews, metrics, and pipeline/ at the end")
+    output: str = option(
+        "", "folder of the run: checkpoints, previews, metrics, and pipeline/ at the end", free_on_resume=True
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -303,27 +338,39 @@ class TrainConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seed: int = option(0, "every random draw follows from it")
     mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "autocast dtype; weights stay float32")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, more time", free_on_resume=True
+    )
     sharding: Literal["no", "fsdp2", "zero2"] = option(
         "no",
         "with several processes, split over them weights, gradients, optimiser and EMA (fsdp2, PyTorch's FSDP2) or "
         "gradients and optimiser (zero2, DeepSpeed's ZeRO stage 2)",
+        free_on_resume=True,
     )
     compile: Literal["no", "inductor", "aot_eager"] = option(
-        "no", "torch.compile the transformer blocks with this backend; aot_eager only to debug"
+        "no",
+        "torch.compile the transformer blocks with this backend; aot_eager only to debug",
+        free_on_resume=True,
     )
-    log_every: int = option(20, "optimiser steps between lines in metrics.jsonl")
+    log_every: int = option(20, "optimiser steps between lines in metrics.jsonl", free_on_resume=True)
     trackers: list[str] = option(
-        ["tensorboard"], "where to report besides: tensorboard, wandb, trackio or another tracker of accelerate"
+        ["tensorboard"],
+        "where to report besides: tensorboard, wandb, trackio or another tracker of accelerate",
+        free_on_resume=True,
     )
-    project: str = option("transdiff", "name of the project in the trackers; the run has the output folder's name")
+    project: str = option(
+        "transdiff", "name of the project in the trackers; the run has the output folder's name", free_on_resume=True
+    )
     push_to_hub: str | None = option(
-        None, "Hub repository, as org/name, that gets the finished pipeline; made private if it does not exist"
+        None,
+        "Hub repository, as org/name, that gets the finished pipeline; made private if it does not exist",
+        free_on_resume=True,
     )
     resume: str = option(
         "auto",
         "auto: continue from the output folder's latest checkpoint if there is one; latest: the same, but its absence "
         "is an error; never: refuse a folder that has checkpoints; or the path of a checkpoint",
+        free_on_resume=True,
     )
 
     def __post_init__(self) -> None:

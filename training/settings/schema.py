@@ -21,9 +21,12 @@ class ConfigError(ValueError):
     """A key that does not exist, or a value that cannot be right."""
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with a one-line explanation; lists get a fresh copy per instance."""
-    metadata = {"help": help}
+def option(default: Any, help: str, free_on_resume: bool = False) -> Any:
+    """A dataclass field with a one-line explanation; lists get a fresh copy per instance.
+
+    `free_on_resume` marks a setting that may change when what was configured goes on (see `settings_that_differ`).
+    """
+    metadata = {"help": help, "free_on_resume": free_on_resume}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -146,6 +149,26 @@ def type_name(hint: Any) -> str:
 def to_dict(config: Any) -> dict[str, Any]:
     """The resolved configuration as plain values, ready for YAML or JSON."""
     return dataclasses.asdict(config)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def settings_that_differ(before: Any, now: Any, path: str = "") -> list[str]:
+    """A phrase for each setting that differs between two configurations of one schema and is not `free_on_resume`."""
+    phrases: list[str] = []
+    for item in dataclasses.fields(now):
+        old, new, key = getattr(before, item.name), getattr(now, item.name), f"{path}{item.name}"
+        if dataclasses.is_dataclass(new):
+            phrases += settings_that_differ(old, new, f"{key}.")
+        elif old != new and not item.metadata["free_on_resume"]:
+            phrases.append(f"{key} was {old!r}, now {new!r}")
+    return phrases
 
 
 def section_help(schema: Any, path: str) -> list[str]:
