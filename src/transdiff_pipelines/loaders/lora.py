@@ -104,8 +104,8 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
             check_loads(models[name], adapter, adapter_name, hotswap)
             if not (adapter.config or adapter.alphas):
                 logger.warning(
-                    f"the LoRA for {name} does not say its alpha, so its scale is 1; if alpha / rank was another one in "
-                    "training, give that as the weight in set_adapters"
+                    f"the LoRA for {name} does not say its alpha, so its scale is 1; if alpha / rank was another "
+                    "one in training, give that as the weight in set_adapters"
                 )
         with self._weights_in_place(models), ExitStack() as stack:
             # All or nothing: half an adapter is a third model that nobody trained.

@@ -26,6 +26,7 @@ from .attention import (
     lora_scale,
 )
 from .key_value_cache import KeyValueCache
+from .saving import SavingMixin
 
 
 @dataclass
@@ -63,7 +64,7 @@ class ARTransformerBlock(nn.Module):
         return hidden_states + self.ff(self.norm2(hidden_states))
 
 
-class ARConditionEncoder(AdapterMixin, ModelMixin, AttentionMixin, ConfigMixin):
+class ARConditionEncoder(SavingMixin, AdapterMixin, ModelMixin, AttentionMixin, ConfigMixin):
     """Class labels, and with MRAR the images made so far, to condition tokens (paper, Eq. 9-12).
 
     `patch_size` 1 is the 1-step model: one group of S mask tokens, attention in both directions, the condition a

@@ -180,8 +180,8 @@ def named_as_peft(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
     if foreign:
         raise LoraFileError(
             f"{foreign[0]!r} is not a LoRA layer ({len(foreign)} of {len(tensors)} such keys); expected names that "
-            "end in lora_A.weight and lora_B.weight. Biases and whole modules (peft's bias= and modules_to_save=) are no "
-            "LoRA: fine-tune and save the model itself for these"
+            "end in lora_A.weight and lora_B.weight. Biases and whole modules (peft's bias= and modules_to_save=) are "
+            "no LoRA: fine-tune and save the model itself for these"
         )
     return named
 

@@ -1,17 +1,18 @@
 """Saving models and pipelines: only what loads again as what was seen, whole or not at all, and one form of it."""
 
+import glob
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import upload_folder
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from ..files import new_files
 from .adapters import adapter_layers, adapter_names, fused_adapters
 
 
@@ -21,6 +22,10 @@ _WEIGHTS = re.compile(
     rf"diffusion_pytorch_model(?:(?:{_SHARD})?(?:\.(?P<variant>.+?))?(?:{_SHARD})?\.(?:safetensors|bin)"
     r"|\.(?:safetensors|bin)\.index(?:\.(?P<index_variant>.+))?\.json)"
 )
+
+
+HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr")
+"""Arguments of `save_pretrained` for `push_to_hub`."""
 
 
 def check_saves(components: dict[str, Any]) -> None:
@@ -41,64 +46,110 @@ def check_saves(components: dict[str, Any]) -> None:
     )
     if any(fused_adapters(models[part]) for part in adapted):
         state = "fused and still loaded"
-        remedy = "Call unload_lora_weights() first, which leaves what is fused in the weights, or unfuse_lora() as well"
+        remedy = (
+            "Call unload_lora_weights() first, which leaves what is fused in the weights, or unfuse_lora() as well"
+        )
     raise ValueError(
-        f"{' and '.join(adapted)} cannot be saved with the LoRA adapters {names} {state}: the weights would have names "
-        f"that no model has. {remedy}"
+        f"{' and '.join(adapted)} cannot be saved with the LoRA adapters {names} {state}: the weights would have "
+        f"names that no model has. {remedy}"
     )
 
 
-def variant_of(file_name: str) -> tuple[str | None] | None:
+def _variant(file_name: str) -> tuple[str | None] | None:
     """The variant, None without one, that a file of weights belongs to, in a tuple; None for other files."""
     found = _WEIGHTS.fullmatch(file_name)
     return None if found is None else (found["variant"] or found["index_variant"],)
 
 
-def older_forms(folder: Path, saved: Iterable[str]) -> list[Path]:
-    """Files of weights in `folder` that mean the same as those just saved, of the same variant, but are others."""
+def older_forms(present: Iterable[str], saved: Iterable[str]) -> list[str]:
+    """Which of the files `present` are weights that mean the same as those `saved`, but in another form.
+
+    That is in shards or not, as safetensors or not, of the same folder and the same variant. Paths have slashes.
+    """
     saved = set(saved)
-    variants = {variant_of(name) for name in saved} - {None}
-    return [file for file in folder.iterdir() if file.name not in saved and variant_of(file.name) in variants]
+    forms = {(head, _variant(name)) for head, _, name in (path.rpartition("/") for path in saved)}
+    return [
+        path
+        for path in present
+        for head, _, name in [path.rpartition("/")]
+        if path not in saved and _variant(name) is not None and (head, _variant(name)) in forms
+    ]
+
+
+def _files(folder: Path) -> list[str]:
+    return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
 
 
 @contextmanager
-def saved_whole(folder: str | os.PathLike[str], last: str | None = None) -> Iterator[Path]:
-    """A folder to save to, whose files are moved to `folder` when all are written.
+def one_form(folder: str | os.PathLike[str], last: str | None = None) -> Iterator[Path]:
+    """`files.new_files` for models: removes weights that `folder` has in another form, which diffusers may prefer."""
+    with new_files(folder, last) as scratch:
+        yield scratch
+        saved = _files(scratch)
+    for path in older_forms(_files(Path(folder)), saved):
+        Path(folder, path).unlink()
 
-    Weights that `folder` has in another form (in shards, as .bin) are removed: diffusers would load those.
 
-    Args:
-        last: name of the file that is moved last, because it says what the others are.
-    """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as scratch:
-        yield Path(scratch)
-        files = sorted(file for file in Path(scratch).rglob("*") if file.is_file())
-        for file in sorted(files, key=lambda file: file.name == last):
-            place = target / file.relative_to(scratch)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, place)
-    names: dict[Path, set[str]] = {}
-    for file in files:
-        place = target / file.relative_to(scratch)
-        names.setdefault(place.parent, set()).add(place.name)
-    for parent, saved in names.items():
-        for file in older_forms(parent, saved):
-            file.unlink()
+def upload_one_form(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    path_in_repo: str | None = None,
+    token: str | bool | None = None,
+    **options: Any,
+) -> Any:
+    """`huggingface_hub.upload_folder`; weights that the repository has in another form go in the same commit."""
+    from huggingface_hub import (
+        list_repo_files,
+        upload_folder,
+    )  # here, for exported code to name diffusers and torch only
+
+    prefix = f"{path_in_repo.strip('/')}/" if path_in_repo else ""
+    present = [path.removeprefix(prefix) for path in list_repo_files(repo_id, token=token) if path.startswith(prefix)]
+    older = [glob.escape(path) for path in older_forms(present, _files(Path(folder)))]
+    return upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        path_in_repo=path_in_repo,
+        token=token,
+        delete_patterns=older or None,
+        **options,
+    )
 
 
 class SavingMixin:
     """`save_pretrained` and `push_to_hub` of a model: refused with LoRA layers in it, and one form of the weights."""
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+    # A pipeline hands a component the options that it sees in the signature.
+    @wraps(ModelMixin.save_pretrained, assigned=(), updated=())
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """`ModelMixin.save_pretrained`; a failure leaves what the folder has.
 
         Raises:
             ValueError: LoRA adapters are in the model.
         """
         check_saves({type(self).__name__: self})
-        with saved_whole(save_directory) as scratch:
-            super().save_pretrained(scratch, *args, **_without_hub_options(kwargs))  # type: ignore[misc]
+        hub_options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        with one_form(save_directory) as scratch:
+            super().save_pretrained(scratch, *args, **kwargs)  # type: ignore[misc]
         if push_to_hub:
-            super().save_pretrained(str(save_directory), *args, push_to_hub=True, **kwargs)  # type: ignore[misc]
+            # Once more, over the same files: diffusers uploads what it has just saved.
+            super().save_pretrained(str(save_directory), *args, push_to_hub=True, **hub_options, **kwargs)  # type: ignore[misc]
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """`PushToHubMixin.push_to_hub`, refused before there is a repository; see `save_pretrained`."""
+        check_saves({type(self).__name__: self})
+        return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
+
+    def _upload_folder(
+        self,
+        working_dir: str | os.PathLike[str],
+        repo_id: str,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
+    ) -> Any:
+        message = commit_message or f"Upload {type(self).__name__}"
+        return upload_one_form(working_dir, repo_id, subfolder, token, commit_message=message, create_pr=create_pr)

@@ -27,6 +27,7 @@ from .attention import (
     lora_scale,
 )
 from .key_value_cache import KeyValue
+from .saving import SavingMixin
 
 
 TIMESTEP_CHANNELS = 256
@@ -76,7 +77,7 @@ class TransDiffTransformerBlock(nn.Module):
         return torch.addcmul(hidden_states, gate_ff, transformed)
 
 
-class TransDiffTransformer2DModel(AdapterMixin, ModelMixin, AttentionMixin, ConfigMixin, CacheMixin):
+class TransDiffTransformer2DModel(SavingMixin, AdapterMixin, ModelMixin, AttentionMixin, ConfigMixin, CacheMixin):
     """The DiT decoder of TransDiff: velocity v = ε - x₀ of x_t = (1 - t) x₀ + t ε (paper, Eq. 4, 5).
 
     With `num_flow_map_layers` it is a flow map: it also takes a next time r ≤ t and predicts the average velocity u on
