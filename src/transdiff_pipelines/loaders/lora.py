@@ -181,14 +181,20 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
             raise ValueError("no LoRA layers to save; pass transformer_lora_layers or condition_encoder_lora_layers")
         if not is_main_process:
             return
+        holds_config = safe_serialization and save_function is None
         for name, component in given.items():
             given[name], config = _layers_and_config(component, adapter_name)
-            metadata[name] = metadata[name] or config
+            metadata[name] = metadata[name] or (config if holds_config else None)
             if metadata[name] is None:
+                remedy = (
+                    f"pass {name}_lora_layers=pipe.{name}, or {name}_lora_adapter_metadata="
+                    f"pipe.{name}.peft_config[NAME].to_dict()"
+                    if holds_config
+                    else "only safetensors files, written without a save_function, can hold it"
+                )
                 logger.warning(
                     f"{name}'s LoRA is saved without its configuration, so that it will be loaded at scale 1, "
-                    f"whatever alpha / rank is; pass {name}_lora_layers=pipe.{name}, or {name}_lora_adapter_metadata="
-                    f"pipe.{name}.peft_config[NAME].to_dict()"
+                    f"whatever alpha / rank is; {remedy}"
                 )
         cls._save_lora_weights(
             save_directory=save_directory,
@@ -242,7 +248,7 @@ def _layers_and_config(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     """An adapter's tensors and its configuration, of a model or of the layers that somebody took out of one."""
     if not isinstance(layers, nn.Module):
-        layers = named_as_peft(layers)  # type: ignore[arg-type]
+        layers = named_as_peft(layers)
         return layers, config_of_layers(layers)
     from peft.utils import get_peft_model_state_dict
 

@@ -108,8 +108,10 @@ def _check_swaps(model: Any, adapter: LoraAdapter, adapter_name: str) -> None:
     if new:
         raise LoraFileError(f"{new[0]!r} is on a layer that {adapter_name!r} does not adapt; load it without hotswap")
     for module in {key.partition(".lora_")[0] for key in adapter.layers}:
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+        rank, alpha = (
+            (pattern or {}).get(get_pattern_key(list(pattern or {}), module), otherwise)
+            for pattern, otherwise in ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha))
+        )
         power = 0.5 if config.use_rslora else 1
         if alpha / rank**power != config.lora_alpha / config.r**power:
             raise LoraFileError(
@@ -182,7 +184,7 @@ def config_of_layers(layers: Mapping[str, torch.Tensor]) -> dict[str, Any] | Non
     places = {tensor.data_ptr() for tensor in layers.values() if tensor.device.type != "meta"}
     for model in list(_ADAPTED) if places else []:
         for name in adapter_names(model):
-            own = {value.data_ptr() for key, value in model.named_parameters() if ".lora_" in key and name in key}
+            own = {value.data_ptr() for key, value in model.named_parameters() if f".{name}." in f"{key}."}
             if places <= own:
                 return model.peft_config[name].to_dict()
     return None
@@ -198,11 +200,11 @@ class AdapterMixin(PeftAdapterMixin):
             TypeError, ValueError: a name that peft cannot keep, or the model cannot take an adapter now.
         """
         check_adapter_name(adapter_name)
-        check_not_fused(self)  # type: ignore[arg-type]
+        check_not_fused(self)
         with adapters_restored_on_failure(self):
             super().add_adapter(adapter_config, adapter_name)
-            adapted = {name for name, layer in self.named_modules() if hasattr(layer, "base_layer")}  # type: ignore[attr-defined]
-            _check_unfused_projections(self, adapted)  # type: ignore[arg-type]
+            adapted = {name for name, layer in self.named_modules() if hasattr(layer, "base_layer")}
+            _check_unfused_projections(self, adapted)
         _ADAPTED.add(self)
 
     def load_lora_adapter(
@@ -234,14 +236,14 @@ class AdapterMixin(PeftAdapterMixin):
             raise LoraFileError(
                 f"none of the {len(tensors)} tensors belongs to {prefix!r}, {next(iter(tensors))!r} for one"
             )
-        check_loads(self, adapter, kwargs.get("adapter_name"), hotswap)  # type: ignore[arg-type]
+        check_loads(self, adapter, kwargs.get("adapter_name"), hotswap)
         self.load_adapter_layers(adapter, hotswap=hotswap, **kwargs)
 
     def load_adapter_layers(
         self, adapter: LoraAdapter, adapter_name: str | None = None, hotswap: bool = False, **kwargs: Any
     ) -> None:
         """Put an adapter for which `check_loads` has passed into the model; a failure leaves the model as it was."""
-        check_weights_present(self)  # type: ignore[arg-type]
+        check_weights_present(self)
         with adapters_restored_on_failure(self):
             super().load_lora_adapter(
                 adapter.layers,
@@ -255,11 +257,11 @@ class AdapterMixin(PeftAdapterMixin):
 
     def fuse_qkv_projections(self) -> None:
         """`AttentionMixin.fuse_qkv_projections`; ValueError where an adapter would be left out of the projections."""
-        adapted = [name for name, layer in self.named_modules() if layer in adapter_layers(self)]  # type: ignore[attr-defined, arg-type]
+        adapted = [name for name, layer in self.named_modules() if layer in adapter_layers(self)]
         lost = [name for name in adapted if name.rpartition(".")[-1] in ("to_q", "to_k", "to_v")]
         if lost:
             raise ValueError(
                 f"{lost[0]!r} has a LoRA adapter, which fused projections would leave out; make it part of the "
                 "weights first, with fuse_lora() and unload_lora_weights()"
             )
-        super().fuse_qkv_projections()  # type: ignore[misc]
+        super().fuse_qkv_projections()

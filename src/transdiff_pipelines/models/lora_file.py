@@ -261,8 +261,8 @@ def misfits(model: nn.Module, adapter: LoraAdapter) -> list[str]:
                 warnings.simplefilter("ignore")
                 config = LoraConfig(**adapter.lora_config())
                 # A configuration of the file's own says which modules there must be.
-                names = None if adapter.config.get("target_modules") else fitting
-                inject_adapter_in_model(config, skeleton, "default", low_cpu_mem_usage=True, state_dict=names)
+                told = None if adapter.config.get("target_modules") else fitting
+                inject_adapter_in_model(config, skeleton, "default", low_cpu_mem_usage=True, state_dict=told)
                 expected = {name: value.shape for name, value in get_peft_model_state_dict(skeleton).items()}
         except LoraFileError:
             raise

@@ -108,7 +108,7 @@ def upload_one_form(
     older = [glob.escape(path) for path in older_forms(present, _files(Path(folder)))]
     return upload_folder(
         repo_id=repo_id,
-        folder_path=folder,
+        folder_path=Path(folder),
         path_in_repo=path_in_repo,
         token=token,
         delete_patterns=older or None,
