@@ -16,7 +16,7 @@ from diffusers import (
 from test_scheduler import gaussian_velocity
 from tiny import seeded, tiny_pipeline
 
-from transdiff_pipelines import FlowMatchEulerMaruyamaScheduler
+from transdiff_pipelines import FlowMatchEulerMaruyamaScheduler, FlowMatchSDEMultistepScheduler
 from transdiff_pipelines.pipelines.checks import FLOW_SCHEDULERS, check_scheduler
 
 
@@ -89,6 +89,69 @@ class TestSwapping:
         assert DPMSolverMultistepScheduler.from_config(scheduler.config).config.flow_shift == 3.0
         shifted = UniPCMultistepScheduler.from_config(FlowMatchEulerMaruyamaScheduler().config, flow_shift=2.0)
         assert FlowMatchEulerMaruyamaScheduler.from_config(shifted.config).config.shift == 2.0
+
+    @pytest.mark.parametrize("through", [None, UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler])
+    @pytest.mark.parametrize("reloaded", [False, True])
+    @pytest.mark.parametrize(
+        ("cls", "changed"),
+        [
+            (FlowMatchEulerMaruyamaScheduler, {"drift_scale": 0.8}),
+            (FlowMatchEulerMaruyamaScheduler, {"diffusion_scale": 0.0, "sigma_last": 0.1}),
+            (FlowMatchSDEMultistepScheduler, {"solver_order": 1, "drift_scale": 0.8}),
+        ],
+    )
+    def test_a_value_changed_in_a_copy_of_the_config_counts(self, cls, changed, reloaded, through, tmp_path):
+        """diffusers drops what a config lists as left at its default, even where it was changed since."""
+        scheduler = cls()
+        if reloaded:
+            scheduler.save_pretrained(tmp_path)
+            scheduler = cls.from_pretrained(tmp_path)
+        if through is not None:
+            scheduler = through.from_config(scheduler.config)
+        config = cls.from_config({**scheduler.config, **changed}).config
+        assert {name: config[name] for name in changed} == changed
+        if through is not None:
+            config = cls.from_config(through.from_config({**cls().config, **changed}).config).config
+            assert {name: config[name] for name in changed} == changed
+
+    def test_values_changed_back_to_the_default_count(self):
+        scheduler = FlowMatchEulerMaruyamaScheduler(drift_scale=0.8, shift=2.0)
+        config = FlowMatchEulerMaruyamaScheduler.from_config({**scheduler.config, "drift_scale": 1.0}).config
+        assert (config.drift_scale, config.shift, config.flow_shift) == (1.0, 2.0, 2.0)
+
+    @pytest.mark.parametrize("solver", SOLVERS)
+    def test_diffusers_schedulers_see_a_changed_value(self, solver):
+        config = {**FlowMatchEulerMaruyamaScheduler().config, "num_train_timesteps": 500}
+        assert solver.from_config(config).config.num_train_timesteps == 500
+
+    def test_a_value_changed_in_the_config_of_a_diffusers_scheduler_counts(self):
+        config = {**UniPCMultistepScheduler().config, "solver_order": 1, "num_train_timesteps": 500}
+        scheduler = FlowMatchSDEMultistepScheduler.from_config(config)
+        assert (scheduler.config.solver_order, scheduler.config.num_train_timesteps) == (1, 500)
+        # A default of theirs is none of ours: this one would be refused.
+        assert scheduler.config.prediction_type == "flow_prediction"
+
+    @pytest.mark.parametrize("name", ["shift", "flow_shift"])
+    @pytest.mark.parametrize(("before", "after"), [(1.0, 2.0), (2.0, 3.0), (2.0, 1.0)])
+    @pytest.mark.parametrize("reloaded", [False, True])
+    def test_a_changed_shift_is_the_shift(self, name, before, after, reloaded, tmp_path):
+        """It has two names, and the other one still has the old value."""
+        scheduler = FlowMatchEulerMaruyamaScheduler(shift=before)
+        if reloaded:
+            scheduler.save_pretrained(tmp_path)
+            scheduler = FlowMatchEulerMaruyamaScheduler.from_pretrained(tmp_path)
+        for changed in (
+            FlowMatchSDEMultistepScheduler.from_config({**scheduler.config, name: after}),
+            FlowMatchSDEMultistepScheduler.from_config(scheduler.config, **{name: after}),
+        ):
+            assert (changed.config.shift, changed.config.flow_shift) == (after, after)
+            assert UniPCMultistepScheduler.from_config(changed.config).config.flow_shift == after
+        there = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, shift=after)
+        assert FlowMatchEulerMaruyamaScheduler.from_config(there.config).config.flow_shift == after
+
+    def test_two_shifts_are_refused(self):
+        with pytest.raises(ValueError, match=r"shift is 3.0 and flow_shift 2.0, but they are two names of one value"):
+            FlowMatchEulerMaruyamaScheduler(shift=3.0, flow_shift=2.0)
 
     def test_compatibles_are_what_works(self):
         compatibles = FlowMatchEulerMaruyamaScheduler().compatibles

@@ -65,6 +65,26 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(folder, path)
 
 
+@contextmanager
+def new_files(folder: str | os.PathLike[str], last: str | None = None) -> Iterator[Path]:
+    """Yield an empty folder whose files, at the end of the block, move to their places in `folder` over older ones.
+
+    The block that fails leaves `folder` as it was.
+
+    Args:
+        last: name of the file that moves last, because it says what the others are.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
+        yield Path(scratch)
+        files = sorted(file for file in Path(scratch).rglob("*") if file.is_file())
+        for file in sorted(files, key=lambda file: file.name == last):
+            place = folder / file.relative_to(scratch)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+
+
 def refuse_existing(path: str | os.PathLike[str]) -> None:
     """Raise FileExistsError unless `path` is missing or an empty folder; ask before long work, not only after it."""
     path = Path(path)

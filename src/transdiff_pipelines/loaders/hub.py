@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import CommitInfo, create_repo, file_exists, upload_folder
+from huggingface_hub import CommitInfo, create_repo, file_exists
 
 from ..code_export import PACKAGE, self_contained_source
 from ..files import new_file
 from ..model_card import CARD_NAME, pipeline_card
 from ..models import ARConditionEncoder, TransDiffTransformer2DModel
+from ..models.saving import HUB_OPTIONS, check_saves, one_form, upload_one_form
 
 
 PIPELINE_MODULE = "pipeline"
@@ -33,8 +34,6 @@ _CODE_NOTE = """
 Written by transdiff_pipelines, so that this repository also works where the package is not installed:
 `DiffusionPipeline.from_pretrained(repository, trust_remote_code=True)`. Change the package, not this file.
 """
-
-_HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "create_pr")
 
 
 class TransDiffHubMixin:
@@ -59,6 +58,9 @@ class TransDiffHubMixin:
     ) -> None:
         """`DiffusionPipeline.save_pretrained`; with `push_to_hub` the folder is then uploaded.
 
+        Of the weights the folder keeps this form alone, in shards or not, as safetensors or not; those of other
+        variants stay. A failure leaves what the folder has.
+
         Args:
             include_code: also write the package's code, one self-contained file for the pipeline and one for each
                 component, for use without the package:
@@ -66,13 +68,18 @@ class TransDiffHubMixin:
                 folder all the same, with its own code and no trust.
             kwargs: with `push_to_hub`, its `repo_id` (unless given, the folder's name), `commit_message`, `private`,
                 `token` and `create_pr`.
+
+        Raises:
+            ValueError: LoRA adapters are loaded; the message says how to save them.
         """
-        hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
-        super().save_pretrained(  # type: ignore[misc]
-            save_directory, safe_serialization, variant=variant, max_shard_size=max_shard_size, **kwargs
-        )
-        if include_code:
-            write_code(type(self), Path(save_directory))
+        check_saves(self.components)  # type: ignore[attr-defined]
+        hub_options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        with one_form(save_directory, last=INDEX_NAME) as scratch:
+            super().save_pretrained(  # type: ignore[misc]
+                scratch, safe_serialization, variant=variant, max_shard_size=max_shard_size, **kwargs
+            )
+            if include_code:
+                write_code(type(self), scratch)
         if push_to_hub:
             hub_options.setdefault("repo_id", Path(save_directory).name)
             self._push_folder(Path(save_directory), include_code=include_code, **hub_options)
@@ -124,10 +131,10 @@ class TransDiffHubMixin:
         has_card = file_exists(repo_id, CARD_NAME, token=token)
         if not (has_card or subfolder or (folder / CARD_NAME).exists()):
             self._write_card(folder, repo_id, include_code)
-        return upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            path_in_repo=subfolder,
+        return upload_one_form(
+            folder,
+            repo_id,
+            subfolder,
             commit_message=commit_message or f"Upload {type(self).__name__}",
             token=token,
             create_pr=create_pr,

@@ -2,37 +2,35 @@
 
 The keys of a file are the peft names of a component's layers behind the component's name,
 `transformer.transformer_blocks.0.attn1.to_q.lora_A.weight`: what `get_peft_model_state_dict` gives in a training
-script, packed by `save_lora_weights`.
+script, packed by `save_lora_weights`. `models.lora_file` reads those that other programs write.
 """
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from diffusers.utils import logging
 from torch import nn
+
+from ..models.adapters import (
+    adapter_layers,
+    adapter_names,
+    adapters_restored_on_failure,
+    check_adapter_name,
+    check_loads,
+    config_of_layers,
+)
+from ..models.lora_file import LoraAdapter, LoraFileError, fetch_lora, misfits, named_as_peft, split_by_component
 
 
 logger = logging.get_logger(__name__)
 
-LoraLayers = Mapping[str, nn.Module | torch.Tensor]
-
-# What `lora_state_dict` hands on to diffusers' file loader, with its defaults.
-_FILE_OPTIONS = {
-    "weight_name": None,
-    "use_safetensors": True,
-    "local_files_only": None,
-    "cache_dir": None,
-    "force_download": False,
-    "proxies": None,
-    "token": None,
-    "revision": None,
-    "subfolder": None,
-}
+LoraLayers = Mapping[str, torch.Tensor] | nn.Module
 
 
 class TransDiffLoraLoaderMixin(LoraBaseMixin):
@@ -49,30 +47,17 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
     ) -> Any:
         """The tensors of a LoRA file, folder, repository or state dict, and with `return_lora_metadata` its config.
 
+        Names are peft's, `COMPONENT.MODULE.lora_A.weight`, whatever the program that wrote the file calls them.
+
         Args:
             kwargs: `weight_name`, `subfolder`, `revision`, `token`, `cache_dir`, `force_download`, `proxies`,
                 `local_files_only`, `use_safetensors`, as in `from_pretrained`.
 
         Raises:
             TypeError: an unknown option.
-            ValueError: a tensor is not a LoRA layer.
+            LoraFileError: the file is empty, or a tensor is not a LoRA layer.
         """
-        unknown = sorted(kwargs.keys() - _FILE_OPTIONS.keys())
-        if unknown:
-            raise TypeError(f"unknown options {unknown}; a LoRA file is found with {sorted(_FILE_OPTIONS)}")
-        options = {**_FILE_OPTIONS, **kwargs}
-        state_dict, metadata = _fetch_state_dict(
-            pretrained_model_name_or_path_or_dict,
-            user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
-            # A folder without safetensors may hold a .bin file, which diffusers reads as weights only.
-            allow_pickle="use_safetensors" not in kwargs,
-            **options,
-        )
-        foreign = [key for key in state_dict if "lora" not in key]
-        if foreign:
-            raise ValueError(
-                f"{foreign[0]!r} is not a LoRA layer ({len(foreign)} such keys); expected names with 'lora'"
-            )
+        state_dict, metadata = fetch_lora(pretrained_model_name_or_path_or_dict, **kwargs)
         return (state_dict, metadata) if return_lora_metadata else state_dict
 
     def load_lora_weights(
@@ -85,6 +70,9 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
     ) -> None:
         """Add an adapter to the components that the file has layers for, and make it active there.
 
+        The names of the file may be those of peft, with or without `base_model.model.` and an adapter's name, or have
+        `lora_down` and `lora_up` with `.alpha`. Without a component's name in front they must fit one component alone.
+
         Args:
             pretrained_model_name_or_path_or_dict: Hub repository, folder, file or state dict.
             adapter_name: its name in `set_adapters`; by default "default_0", "default_1" and so on.
@@ -93,41 +81,61 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
             kwargs: where to find the file; see `lora_state_dict`.
 
         Raises:
-            ValueError: a tensor is not a LoRA layer, or the name is taken. No component is changed then.
+            LoraFileError: the file does not fit, whole; the message names what is missing and unexpected.
+            TypeError, ValueError: the name is taken or impossible, or a component cannot take an adapter now.
+
+        No component is changed where it fails.
         """
+        check_adapter_name(adapter_name)
         state_dict, metadata = self.lora_state_dict(
             pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
         )
-        by_component = {name: _has_prefix(state_dict, name) for name in self._lora_loadable_modules}
-        strangers = [key for key in state_dict if not any(key.startswith(f"{name}.") for name in by_component)]
-        if strangers:
-            logger.warning(
-                f"No LoRA keys associated to {' or '.join(by_component)} in {len(strangers)} of {len(state_dict)} "
-                f"tensors, {strangers[0]!r} for one; they are ignored"
-            )
-        if adapter_name is None:
+        models = self._lora_models()
+        adapters = _adapters_of(models, state_dict, metadata)
+        if adapter_name is None and not hotswap:
             adapter_name = self._free_adapter_name()
-
-        loaded: list[str] = []
-        for name in (name for name, has_layers in by_component.items() if has_layers):
-            try:
-                getattr(self, name).load_lora_adapter(
-                    state_dict,
-                    prefix=name,
-                    adapter_name=adapter_name,
-                    # Without a config of its own a component's one is read off the shapes.
-                    metadata=metadata if metadata and _has_prefix(metadata, name) else None,
-                    hotswap=hotswap,
-                    low_cpu_mem_usage=low_cpu_mem_usage,
-                    _pipeline=self,
+        others = [name for name in models if name not in adapters and adapter_name in adapter_names(models[name])]
+        if others:
+            raise ValueError(
+                f"Adapter name {adapter_name} already in use in {others[0]}, which this file has no layers for; "
+                "choose another, or delete_adapters() it first"
+            )
+        for name, adapter in adapters.items():
+            check_loads(models[name], adapter, adapter_name, hotswap)
+            if not (adapter.config or adapter.alphas):
+                logger.warning(
+                    f"the LoRA for {name} does not say its alpha, so its scale is 1; if alpha / rank was another "
+                    "one in training, give that as the weight in set_adapters"
                 )
-            except Exception:
-                # All or nothing: half an adapter is a third model that nobody trained.
-                if not hotswap:
-                    for done in loaded:
-                        getattr(self, done).delete_adapters(adapter_name)
-                raise
-            loaded.append(name)
+        with self._weights_in_place(models), ExitStack() as stack:
+            # All or nothing: half an adapter is a third model that nobody trained.
+            for name in adapters:
+                stack.enter_context(adapters_restored_on_failure(models[name]))
+            for name, adapter in adapters.items():
+                models[name].load_adapter_layers(
+                    adapter, adapter_name, hotswap=hotswap, low_cpu_mem_usage=low_cpu_mem_usage
+                )
+
+    def _lora_models(self) -> dict[str, Any]:
+        """The components that can have adapters; what is compiled, as it was before."""
+        models = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
+        return {name: getattr(model, "_orig_mod", model) for name, model in models.items() if model is not None}
+
+    @contextmanager
+    def _weights_in_place(self, models: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Bring back what `enable_sequential_cpu_offload` has taken off the models, and take it off again."""
+        offloaded = any(
+            parameter.device.type == "meta" for model in models.values() for parameter in model.parameters()
+        )
+        device = getattr(self, "_offload_device", None)
+        if not offloaded or device is None:
+            yield
+            return
+        self.remove_all_hooks()
+        try:
+            yield
+        finally:
+            self.enable_sequential_cpu_offload(device=device)
 
     def _free_adapter_name(self) -> str:
         taken = {name for names in self.get_list_adapters().values() for name in names}
@@ -145,20 +153,23 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
         safe_serialization: bool = True,
         condition_encoder_lora_adapter_metadata: dict | None = None,
         transformer_lora_adapter_metadata: dict | None = None,
+        adapter_name: str | None = None,
     ) -> None:
         """Write adapters of either component, or both, to one file.
 
         Args:
             save_directory: folder to write to; the file in it is `weight_name`, by default
                 `pytorch_lora_weights.safetensors`.
-            condition_encoder_lora_layers, transformer_lora_layers: what peft's `get_peft_model_state_dict(model)`
-                gives.
+            condition_encoder_lora_layers, transformer_lora_layers: the model with the adapter, whose configuration is
+                kept then; or what peft's `get_peft_model_state_dict(model)` gives.
             is_main_process: False writes nothing, for the other processes of a distributed run.
             condition_encoder_lora_adapter_metadata, transformer_lora_adapter_metadata: the adapter's config,
-                `model.peft_config[adapter_name].to_dict()`; without it the scale alpha / rank is taken as 1.
+                `model.peft_config[adapter_name].to_dict()`. Where it is not given, that of the model whose tensors the
+                layers are; of copies it cannot be found, and a warning says that the scale alpha / rank is lost.
+            adapter_name: which adapter of a model that has several.
 
         Raises:
-            ValueError: no layers were given.
+            ValueError: no layers were given, or some that are none, or a model without an adapter of that name.
         """
         layers = {"condition_encoder": condition_encoder_lora_layers, "transformer": transformer_lora_layers}
         metadata = {
@@ -170,6 +181,21 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
             raise ValueError("no LoRA layers to save; pass transformer_lora_layers or condition_encoder_lora_layers")
         if not is_main_process:
             return
+        holds_config = safe_serialization and save_function is None
+        for name, component in given.items():
+            given[name], config = _layers_and_config(component, adapter_name)
+            metadata[name] = metadata[name] or (config if holds_config else None)
+            if metadata[name] is None:
+                remedy = (
+                    f"pass {name}_lora_layers=pipe.{name}, or {name}_lora_adapter_metadata="
+                    f"pipe.{name}.peft_config[NAME].to_dict()"
+                    if holds_config
+                    else "only safetensors files, written without a save_function, can hold it"
+                )
+                logger.warning(
+                    f"{name}'s LoRA is saved without its configuration, so that it will be loaded at scale 1, "
+                    f"whatever alpha / rank is; {remedy}"
+                )
         cls._save_lora_weights(
             save_directory=save_directory,
             lora_layers=given,
@@ -183,19 +209,22 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
     def write_lora_layers(
         state_dict: dict[str, torch.Tensor], save_directory: str | os.PathLike, **kwargs: Any
     ) -> None:
-        """Write the file under a temporary name first, so that an interrupted save leaves no half of one."""
+        """Write the file under a temporary name first, so that an interrupted save leaves no half of one.
+
+        Under diffusers' own names a folder has one LoRA: that of an earlier save in the other format is removed.
+        """
         os.makedirs(save_directory, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=save_directory, prefix=".lora-") as scratch:
             LoraBaseMixin.write_lora_layers(state_dict, scratch, **kwargs)
             for file in Path(scratch).iterdir():
                 os.replace(file, Path(save_directory) / file.name)
+                for other in {LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE} - {file.name}:
+                    if file.name in (LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE):
+                        Path(save_directory, other).unlink(missing_ok=True)
 
     def get_active_adapters(self) -> list[str]:
         """Names of the adapters that are active on any component."""
-        from peft.tuners.tuners_utils import BaseTunerLayer  # here, because exported code must load without peft
-
-        models = [getattr(self, name) for name in self._lora_loadable_modules if getattr(self, name, None) is not None]
-        layers = (layer for model in models for layer in model.modules() if isinstance(layer, BaseTunerLayer))
+        layers = (layer for model in self._lora_models().values() for layer in adapter_layers(model))
         return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
 
     def fuse_lora(
@@ -214,5 +243,51 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
         super().unfuse_lora(components or self._lora_loadable_modules, **kwargs)
 
 
-def _has_prefix(keys: Mapping[str, Any], component: str) -> bool:
-    return any(key.startswith(f"{component}.") for key in keys)
+def _layers_and_config(
+    layers: LoraLayers, adapter_name: str | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """An adapter's tensors and its configuration, of a model or of the layers that somebody took out of one."""
+    if not isinstance(layers, nn.Module):
+        layers = named_as_peft(layers)
+        return layers, config_of_layers(layers)
+    from peft.utils import get_peft_model_state_dict
+
+    model: Any = getattr(layers, "_orig_mod", layers)
+    names = adapter_names(model)
+    if adapter_name is None and len(names) == 1:
+        adapter_name = names[0]
+    if adapter_name not in names:
+        raise ValueError(
+            f"{type(model).__name__} has the adapters {names}; adapter_name is {adapter_name!r}, name one"
+        )
+    tensors = named_as_peft(get_peft_model_state_dict(model, adapter_name=adapter_name))
+    return tensors, model.peft_config[adapter_name].to_dict()
+
+
+def _adapters_of(
+    models: Mapping[str, nn.Module], state_dict: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None
+) -> dict[str, LoraAdapter]:
+    """A file's adapters by component. Tensors that name no component are those of the one that they fit.
+
+    Raises:
+        LoraFileError: they fit none, or several, or the file names a component for others.
+    """
+    parts = split_by_component(state_dict, metadata, models)
+    unnamed = parts.pop(None, None)
+    if unnamed is None:
+        return {str(name): part for name, part in parts.items()}
+    names = [*unnamed.layers, *(f"{module}.alpha" for module in unnamed.alphas)]
+    described = f"{len(names)} of {len(state_dict)} tensors belong to no component, {names[0]!r} for one"
+    if parts:
+        raise LoraFileError(f"{described}; put {' or '.join(f'{name}.' for name in models)} before their names")
+    problems = {name: misfits(model, unnamed) for name, model in models.items()}
+    fitting = [name for name, found in problems.items() if not found]
+    if len(fitting) == 1:
+        return {fitting[0]: unnamed}
+    if fitting:
+        raise LoraFileError(
+            f"{described}, and they fit {' and '.join(fitting)}; put the component's name before theirs"
+        )
+    reasons = "; ".join(f"{name}: {', '.join(found)}" for name, found in problems.items())
+    kohya = "; kohya's names, with underscores, are not understood" if "lora_unet_" in names[0] else ""
+    raise LoraFileError(f"{described}, and they do not fit any ({reasons}){kohya}")

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..latents import pack_latents
+from .adapters import AdapterMixin
 from .attention import (
     LAYER_NORM_EPS,
     TransDiffAttention,
@@ -26,6 +26,7 @@ from .attention import (
     lora_scale,
 )
 from .key_value_cache import KeyValueCache
+from .saving import SavingMixin
 
 
 @dataclass
@@ -63,7 +64,7 @@ class ARTransformerBlock(nn.Module):
         return hidden_states + self.ff(self.norm2(hidden_states))
 
 
-class ARConditionEncoder(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class ARConditionEncoder(SavingMixin, AdapterMixin, ModelMixin, AttentionMixin, ConfigMixin):
     """Class labels, and with MRAR the images made so far, to condition tokens (paper, Eq. 9-12).
 
     `patch_size` 1 is the 1-step model: one group of S mask tokens, attention in both directions, the condition a

@@ -4,8 +4,9 @@ Shapes: B batch, S query tokens, T key tokens, D width, H heads, E = D / H head 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -131,6 +132,33 @@ class TransDiffAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, encoder_hidden_states, attention_mask, cache)
 
 
+def check_attention_kwargs(attention_kwargs: Any) -> float:
+    """The weight of the LoRA adapters in a call: `attention_kwargs["scale"]`, by default 1.
+
+    Raises:
+        TypeError: they are no mapping, or the scale is no number.
+        ValueError: there is another entry, which nothing would read, or the scale is not finite.
+    """
+    if attention_kwargs is None:
+        return 1.0
+    if not isinstance(attention_kwargs, Mapping):
+        raise TypeError(
+            f"attention_kwargs {attention_kwargs!r} is a {type(attention_kwargs).__name__}; expected a dict"
+        )
+    unknown = [name for name in attention_kwargs if name != "scale"]
+    if unknown:
+        raise ValueError(
+            f"attention_kwargs has {unknown}, which nothing reads; its one entry is 'scale', the weight of "
+            "the LoRA adapters in this call"
+        )
+    scale = attention_kwargs.get("scale", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise TypeError(f"attention_kwargs['scale'] {scale!r} is a {type(scale).__name__}; expected a number")
+    if not math.isfinite(scale):
+        raise ValueError(f"attention_kwargs['scale'] is {scale}; expected a finite number")
+    return float(scale)
+
+
 @contextmanager
 def lora_scale(model: nn.Module, attention_kwargs: dict[str, Any] | None) -> Iterator[None]:
     """Weigh the model's active LoRA adapters by `attention_kwargs["scale"]`, if given.
@@ -138,12 +166,20 @@ def lora_scale(model: nn.Module, attention_kwargs: dict[str, Any] | None) -> Ite
     diffusers' decorator `apply_lora_scale` would do, but its wrapper is one piece of code for all models, so that
     torch.compile takes the second model for a recompilation of the first; and after a scale of 0 it leaves every
     adapter at 1, whatever its weight was.
+
+    Raises:
+        TypeError, ValueError: see `check_attention_kwargs`; or the adapters are fused, so that none can be weighed.
     """
-    scale = (attention_kwargs or {}).get("scale", 1.0)
+    scale = check_attention_kwargs(attention_kwargs)
     if scale == 1.0:
         yield
         return
     layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "scale_layer")]
+    if any(layer.merged for layer in layers):
+        raise ValueError(
+            f"attention_kwargs has scale {scale}, but LoRA adapters are fused into the weights; call unfuse_lora() "
+            "first, or give the weight to fuse_lora(lora_scale=...)"
+        )
     weights = [dict(layer.scaling) for layer in layers]
     try:
         for layer in layers:

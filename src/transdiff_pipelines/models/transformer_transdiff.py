@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -19,6 +18,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..latents import pack_latents, unpack_latents
+from .adapters import AdapterMixin
 from .attention import (
     LAYER_NORM_EPS,
     TransDiffAttention,
@@ -27,6 +27,7 @@ from .attention import (
     lora_scale,
 )
 from .key_value_cache import KeyValue
+from .saving import SavingMixin
 
 
 TIMESTEP_CHANNELS = 256
@@ -76,7 +77,7 @@ class TransDiffTransformerBlock(nn.Module):
         return torch.addcmul(hidden_states, gate_ff, transformed)
 
 
-class TransDiffTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+class TransDiffTransformer2DModel(SavingMixin, AdapterMixin, ModelMixin, AttentionMixin, ConfigMixin, CacheMixin):
     """The DiT decoder of TransDiff: velocity v = ε - x₀ of x_t = (1 - t) x₀ + t ε (paper, Eq. 4, 5).
 
     With `num_flow_map_layers` it is a flow map: it also takes a next time r ≤ t and predicts the average velocity u on

@@ -1,8 +1,11 @@
 """What the samplers of this package share: the place on a time grid, and diffusers' scheduler surface."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -12,10 +15,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..latents import noise_latents
 
 
-# Config entries that only other schedulers read. They must reach those through `from_config`, which drops entries
-# left at their default: without `prediction_type`, DPM-Solver would run as noise prediction and return garbage.
-# A solver that ends at sigma 0 wants `lower_order_final`, and the single-step one says so if it has to set it itself.
-_ALWAYS_HANDED_ON = {"prediction_type", "use_flow_sigmas", "flow_shift", "shift", "lower_order_final"}
+# Two names of one thing: flow-match schedulers read `shift`, multistep ones `flow_shift`.
+_SHIFT_NAMES = ("shift", "flow_shift")
 
 
 class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
@@ -62,15 +63,23 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
                 f"prediction_type is {config.prediction_type!r}; this scheduler integrates 'flow_prediction' "
                 "(velocity) only"
             )
-        # Two names of one thing: flow-match schedulers read `shift`, multistep ones `flow_shift`.
-        if 1 in (config.shift, config.flow_shift) and config.shift != config.flow_shift:
+        if config.shift != config.flow_shift:
+            if 1 not in (config.shift, config.flow_shift):
+                raise ValueError(
+                    f"shift is {config.shift} and flow_shift {config.flow_shift}, but they are two names of one "
+                    "value; give one of them"
+                )
             shift = config.flow_shift if config.shift == 1 else config.shift
             self.register_to_config(shift=shift, flow_shift=shift)
-            config = self.config
+        # `from_config` drops the entries that a config lists as left at their default. Here none may be dropped:
+        # without `prediction_type`, DPM-Solver would run as noise prediction and return garbage, and a value that
+        # somebody puts into a copy of this config would be dropped with the default it replaces.
         if "_use_default_values" in config:  # absent on a scheduler reloaded from its saved config
-            dropped = sorted(set(config._use_default_values) - _ALWAYS_HANDED_ON)
             # The class name, which a saved config has, tells other schedulers' `from_config` whose entries these are.
-            self.register_to_config(_use_default_values=dropped, _class_name=type(self).__name__)
+            self.register_to_config(_use_default_values=[], _class_name=type(self).__name__)
+        # Which of the two names somebody changes in a copy of this config is seen from the value both had.
+        if self.config.shift != 1:
+            self.register_to_config(_shift=self.config.shift)
 
         self._step_index: int | None = None
         self._begin_index: int | None = None
@@ -78,6 +87,21 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
         steps = config.num_train_timesteps
         self._set_grid(torch.linspace(1.0, 1.0 / steps, steps, device="cpu"), device=None)
         self.num_inference_steps: int | None = None
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """What `from_config` hands to `__init__`: with the entries that somebody changed in a copy of a config.
+
+        diffusers drops every entry that the config lists as left at its default, also one that was changed since.
+        """
+        defaults = _defaults(config_dict.get("_class_name"), [cls, *cls._get_compatibles()])
+        unset = [
+            name
+            for name in config_dict.get("_use_default_values", [])
+            if name not in config_dict or config_dict[name] in defaults.get(name, ())
+        ]
+        config_dict = {**config_dict, "_use_default_values": unset}
+        return super().extract_init_dict(_with_one_shift(config_dict, kwargs), **kwargs)
 
     @property
     def init_noise_sigma(self) -> float:
@@ -216,3 +240,32 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
+
+
+def _defaults(class_name: str | None, classes: Sequence[type]) -> dict[str, list[Any]]:
+    """The defaults of each argument of the schedulers in `classes`, or of the one that is called `class_name`."""
+    named = [cls for cls in classes if cls.__name__ == class_name]
+    defaults: dict[str, list[Any]] = {}
+    for cls in named or classes:
+        for name, parameter in inspect.signature(cls.__init__).parameters.items():  # type: ignore[misc]
+            defaults.setdefault(name, []).append(parameter.default)
+    return defaults
+
+
+def _with_one_shift(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The config with `shift` and `flow_shift` at the value of the one that was set last.
+
+    That is the one given as a keyword; or else the one that the config's scheduler reads; or else, in a config of one
+    of ours, the one that is not what both were.
+    """
+    named = [name for name in _SHIFT_NAMES if name in given]
+    if not named:
+        original = getattr(diffusers, str(config.get("_class_name")), None)
+        read = set(inspect.signature(original.__init__).parameters) if original else set()
+        named = [name for name in _SHIFT_NAMES if name in read and name in config]
+        if len(named) == 2:
+            named = [name for name in _SHIFT_NAMES if config[name] != config.get("_shift", 1)]
+    if not named:
+        return config
+    shift = {**config, **given}[named[0]]
+    return {**config, **dict.fromkeys(_SHIFT_NAMES, shift), "_shift": shift}
