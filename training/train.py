@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from training.data.batches import GroupBatches, batch_loader, keyed_generator
-from training.data.image_dataset import ImageData, Unreadable, open_data
+from training.data.image_dataset import ImageData, Unreadable, changed_files, open_data
+from training.data.labels import without_images
 from training.data.latent_cache import CacheError
-from training.data.vae import PixelEncoder, frozen_fingerprint, load_vae, module_fingerprint
+from training.data.vae import PixelEncoder, load_vae, module_fingerprint
 from training.distributed.interruption import StopRequest, TrainingInterrupted, TrainingStopped
 from training.distributed.processes import start_accelerator
 from training.distributed.sharding import (
@@ -80,6 +81,8 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.output = Path(config.output)
+        if self.output.is_file():
+            raise ConfigError(f"output {self.output} is a file; name a folder")
         candidates = find_checkpoints(self.output, config.resume)
         check_trackers(config.trackers)
         check_deepspeed(config)
@@ -100,8 +103,8 @@ class Trainer:
         self.validation = None if held_out is None else Validation(held_out, config, self.accelerator, self.encode)
         module, notes = build_model(config, self.data)
         self.origins = {"images, their order or classes": self.data.digest, "VAE's weights": self.data.vae_fingerprint}
-        if config.lora.rank is not None:  # a checkpoint has the adapters alone
-            self.origins["weights of model.start_from"] = frozen_fingerprint(module)
+        if module.origin is not None:
+            self.origins["weights of model.start_from"] = module.origin
         self.sampling = sampling_settings(config)
         self.preview_config = self._preview_of(module.classes)
         self.batches = GroupBatches.of(
@@ -184,6 +187,11 @@ class Trainer:
 
     def _warnings(self) -> Iterator[str]:
         """What is allowed, and rarely meant."""
+        yield from without_images(self.data.labels, self.data.classes)
+        if isinstance(self.data, ImageData):
+            yield from self.data.source.notes
+        elif self.accelerator.is_main_process:
+            yield from changed_files(self.config.data)
         start = self.config.model.start_from
         if start is not None and Path(start, "vae").is_dir():
             vae = load_vae(f"{start}/vae")

@@ -84,7 +84,9 @@ def test_the_type_of_a_field_decides_how_it_is_read(tmp_path, way: str, key: str
     assert type(found) is type(meant)
 
 
-@pytest.mark.parametrize("text", ["exp #3", "exp: 3", "#3", "*star", "&and", "!bang", "%percent", "a, b", "- a", "a b"])
+@pytest.mark.parametrize(
+    "text", ["exp #3", "exp: 3", "#3", "*star", "&and", "!bang", "%percent", "a, b", "- a", "a b"]
+)
 def test_a_path_on_the_command_line_is_the_text_as_it_stands(tmp_path: Path, text: str) -> None:
     assert load(tmp_path, "override", "output", text).output == text
     assert load(tmp_path, "override", "output", f"'{text}'").output == text
@@ -132,7 +134,7 @@ def test_a_path_that_may_mean_something_else_is_refused_as_it_was_written(
     ("key", "text", "words"),
     [
         *((f"optimizer.{name}", text, "expected a number")
-          for name in ("learning_rate", "weight_decay", "max_grad_norm") for text in ("inf", ".inf", "nan", ".nan", "1e999")),
+          for name in ("learning_rate", "weight_decay", "max_grad_norm") for text in ("inf", ".inf", "nan", "1e999")),
         ("sampling.guidance_scale", "inf", "expected null or a number|expected a number"),
         ("schedule.epochs", "-inf", "expected a number"),
         ("schedule.epochs", "None", "write null"),

@@ -62,11 +62,6 @@ def tensors_digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
     return digest.hexdigest()[:16]
 
 
-def frozen_fingerprint(module: nn.Module) -> str:
-    """A digest of the weights that are not trained."""
-    return tensors_digest({name: value for name, value in module.named_parameters() if not value.requires_grad})
-
-
 def check_vae(vae: AutoencoderKL, image_size: int) -> None:
     stride, channels = 2 ** (len(vae.config.block_out_channels) - 1), vae.config.in_channels
     require(image_size % stride == 0, f"data.image_size is {image_size}; the VAE needs a multiple of {stride}")

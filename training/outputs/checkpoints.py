@@ -76,6 +76,10 @@ FREE_ON_RESUME = (
 )
 
 
+# Settings that say where something lies: it may lie elsewhere now, under another name or on another machine.
+PLACES = ("data.cache", "data.vae", "model.start_from")
+
+
 def checkpoint_folders(output: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     folders = (output / "checkpoints").glob("step-*")
@@ -242,12 +246,17 @@ def read_progress(
 
 
 def settings_that_differ(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A phrase for each setting that differs and may not."""
+    """A phrase for each setting that differs and may not. What lies at a path is told by digests, in the origins."""
     old, new = flatten(before), flatten(now)
+
+    def differs(key: str) -> bool:
+        one, other = old.get(key), new.get(key)
+        if key in PLACES:
+            return (one is None) != (other is None)
+        return one != other and not key.startswith(FREE_ON_RESUME)
+
     return [
-        f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(FREE_ON_RESUME)
+        f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in sorted(old.keys() | new.keys()) if differs(key)
     ]
 
 

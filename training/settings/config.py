@@ -26,7 +26,9 @@ LATENT_PARTS = ("condition_encoder", "transformer")
 class ModelConfig:
     """The two networks: sizes of their own, a published preset, or those of a pipeline to start from."""
 
-    start_from: FolderPath | None = option(None, "pipeline folder whose weights are inherited (1-step -> MRAR, fine-tuning)")
+    start_from: FolderPath | None = option(
+        None, "pipeline folder whose weights are inherited (1-step -> MRAR, fine-tuning)"
+    )
     classes: Literal["by_name", "by_id", "new"] = option(
         "by_name",
         "which class embeddings of start_from are kept: of classes whose name, or a comma-separated synonym, is there "

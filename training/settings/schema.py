@@ -78,7 +78,9 @@ def set_key(tree: dict[str, Any], key: str, text: str) -> None:
             tree[section] = {}
         tree = tree[section]
         require(isinstance(tree, dict), f"{key!r}: {section!r} is a value, not a section")
-    require(not isinstance(tree.get(last), dict), f"{key!r} is a section: write --{key}.KEY=VALUE for each of its keys")
+    require(
+        not isinstance(tree.get(last), dict), f"{key!r} is a section: write --{key}.KEY=VALUE for each of its keys"
+    )
     tree[last] = read_value(key, text)
 
 

@@ -2,7 +2,7 @@
 
 | type | what is read |
 |---|---|
-| path | the text itself, `~` and `~user` expanded; refused: addresses, `$VARIABLE`, and what may mean nothing (`None`, `~`) |
+| path | the text itself, `~/` expanded; refused: addresses, `$VARIABLE`, and what may mean nothing (`None`, `~`) |
 | text | the text itself |
 | whole number | a decimal number: `010` is 10, `1_000` is 1000, `1e5` is 100000 |
 | number | a finite decimal number |
@@ -168,7 +168,7 @@ def read_path(value: Any, path: str) -> str:
 
 
 def is_printable(text: str) -> bool:
-    """Whether a text has neither control characters nor bytes that are not UTF-8 (which Python keeps as surrogates)."""
+    """Whether a text has neither control characters nor bytes that are not UTF-8 (Python keeps them as surrogates)."""
     return not any(ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in text)
 
 
