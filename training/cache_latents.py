@@ -39,6 +39,7 @@ from training.settings.config import ConfigError, DataConfig, config_or_exit, re
 
 BATCHES_AHEAD = 2  # decoded while the VAE encodes
 COMPARED_AT_ONCE = 64  # images read in threads
+COMPARED_STREAMS = 32  # of those whose first images alone are compared, at most
 
 Decoded = tuple[Tensor | str, int]  # pixels, or why there are none; the image's `content_digest`
 
@@ -114,7 +115,8 @@ class ShardWriter:
 
     def changed(self, progress: tqdm) -> list[str]:
         """Names of images that are not those of which this process's shards were made, of all that are compared."""
-        return [name for stream in self.streams() for name in self.changed_in(stream, progress)]
+        every = 1 if self.source.compared is None else -(-self.source.num_streams // COMPARED_STREAMS)
+        return [name for s in self.streams() if s % every == 0 for name in self.changed_in(s, progress)]
 
     def changed_in(self, stream: int, progress: tqdm) -> Iterator[str]:
         limit = self.source.compared

@@ -198,5 +198,5 @@ def check_class_names(root: Path, names: list[str]) -> None:
         first = next((name for name in splits if name.lower().startswith("train")), splits[0])
         raise CacheError(
             f"{root} looks like a data set in splits ({listed(splits)}), not like a folder for each class. Name one "
-            f"of them: --data.images={shlex.quote(str(root / first))}. Should these be classes, list them in data.classes"
+            f"of them: --data.images={shlex.quote(str(root / first))}. If these are classes, list them in data.classes"
         )

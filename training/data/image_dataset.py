@@ -165,8 +165,8 @@ def open_data(data: DataConfig, vae: AutoencoderKL) -> TrainingData:
 
 
 def changed_files(data: DataConfig) -> list[str]:
-    """A warning, if the files of `data.images` differ in names, sizes or times from those that `data.cache` was made of
-    or last compared with. Their contents are compared by training.cache_latents alone, which takes longer.
+    """A warning, if the files of `data.images` differ in names, sizes or times from those that `data.cache` was made
+    of or last compared with. Their contents are compared by training.cache_latents alone, which takes longer.
     """
     if data.images is None or not Path(data.images).is_dir():  # training needs no images, and may go on without
         return []
@@ -177,8 +177,8 @@ def changed_files(data: DataConfig) -> list[str]:
     if found == read_stamp(Path(str(data.cache))):
         return []
     return [
-        f"warning: the files of {data.images} are not as they were when {data.cache} was made: if images have changed, "
-        "the cache holds the old ones. training.cache_latents, run again, compares their contents"
+        f"warning: the files of {data.images} are not as they were when {data.cache} was made: if images have changed,"
+        " the cache holds the old ones. training.cache_latents, run again, compares their contents"
     ]
 
 

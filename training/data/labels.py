@@ -67,7 +67,7 @@ def label_value(value: Any) -> int | str | bool:
         value = value.decode("utf-8", "replace").strip()
     if value is not None and not isinstance(value, bool | int | float | str):
         raise ConfigError(
-            f"data.label_column holds {str(value)[:60]!r}, of type {type(value).__name__}; a number or a name is expected"
+            f"data.label_column holds {str(value)[:60]!r}, of type {type(value).__name__}; a number or name is needed"
         )
     if isinstance(value, float) and math.isfinite(value) and value.is_integer():
         value = int(value)

@@ -132,7 +132,7 @@ def reopen(folder: Path, rows: np.ndarray) -> LatentCache:
 
 
 def read_stamp(folder: Path) -> str | None:
-    """What the images' files looked like when the shards were last known to be theirs (see `examples.Source.stamp`)."""
+    """What the images' files looked like when the shards were last known to be theirs: `examples.Source.stamp`."""
     path = folder / "checked.json"
     return json.loads(path.read_text(encoding="utf-8"))["stamp"] if path.exists() else None
 
