@@ -192,7 +192,7 @@ def check_class_names(root: Path, names: list[str]) -> None:
     """Raise CacheError for folders whose names cannot be classes, or look like the splits of a data set."""
     broken = [printable(name) for name in names if printable(name) != name]
     if broken:
-        raise CacheError(f"{root} has class folders whose names are not in UTF-8: {listed(broken)}. Rename them")
+        raise CacheError(f"{root} has class folders whose names are not printable UTF-8: {listed(broken)}. Rename them")
     splits = [name for name in names if name.lower() in SPLIT_NAMES]
     if len(splits) > 1 or splits == names != []:
         first = next((name for name in splits if name.lower().startswith("train")), splits[0])
