@@ -267,10 +267,11 @@ def cache_latents(data: DataConfig, dataset: datasets.Dataset | datasets.Iterabl
     check_vae(vae, data.image_size)
     writer = ShardWriter(source, vae, data, state.device, state.process_index, state.num_processes)
     settings = cache_settings(source, vae, data)
+    stamp = source.stamp()
     with state.main_process_first():
-        prepare_folder(writer.folder, settings, source.stamp())
+        prepare_folder(writer.folder, settings, stamp)
     hide = not state.is_local_main_process
-    check_unchanged(writer, hide)
+    check_unchanged(writer, stamp, hide)
     state.wait_for_everyone()
     with tqdm(total=writer.todo(), desc="encoding", unit="image", disable=hide, mininterval=1) as progress:
         writer.write_all(progress)
@@ -294,20 +295,20 @@ def speed(measured: list[tuple[int, float]]) -> str:
     return f"{line}, {idle} of {len(measured)} processes idle{remedy}" if idle else line
 
 
-def check_unchanged(writer: ShardWriter, hide: bool) -> None:
+def check_unchanged(writer: ShardWriter, stamp: str | None, hide: bool) -> None:
     """Compare the images with those of the shards that are there already, unless their files are untouched since.
 
     All processes call this together. Where there are no files to tell by, contents are always compared.
 
     Args:
         writer: its source, its shards.
+        stamp: of the source.
         hide: whether to hide the progress bar.
 
     Raises:
         CacheError: on all processes, naming images that have changed.
     """
     source = writer.source
-    stamp = source.stamp()
     untouched = stamp is not None and stamp == read_stamp(writer.folder)
     if untouched or not any(writer.folder.glob("moments-*.safetensors")):
         return

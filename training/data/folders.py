@@ -32,6 +32,7 @@ SYSTEM_NAMES = {
     "lost+found",
     "found.000",
 }
+SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "eval", "evaluation", "dev"}
 
 
@@ -60,7 +61,7 @@ class FolderSource(IndexedSource):
         above = {identity(folder) for folder in (root, *root.resolve().parents)}
         present, beside = [], Counter[str]()
         for entry in visible(root):
-            if not os.path.isdir(entry.path):
+            if not is_folder(entry):
                 beside["images" if is_image_name(entry.name) else "others"] += 1
             elif identity(Path(entry.path)) not in above:  # a link upwards holds all classes and is none
                 present.append(entry.name)
@@ -144,16 +145,21 @@ def find_images(
     seen.add(identity(folder))
     for entry in sorted(visible(folder), key=lambda entry: (entry.is_symlink(), natural_key(entry.name))):
         path = Path(entry.path)
-        if os.path.isdir(path):
+        if is_folder(entry):
             found += find_images(path, seen, passed_over)
             continue
         status = status_of(path)
         regular = status is None or stat.S_ISREG(status.st_mode)
         if regular and is_image_name(entry.name):
             found.append((path, status))
-        elif entry.name.lower() not in ("thumbs.db", "desktop.ini"):
+        elif entry.name.lower() not in SYSTEM_FILES:
             passed_over[printable(path.suffix.lower()) or "without suffix"] += 1
     return sorted(found, key=lambda item: natural_key(item[0].relative_to(folder).as_posix()))
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one; a link that leads in a circle is none."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def is_image_name(name: str) -> bool:
@@ -192,7 +198,7 @@ def check_class_names(root: Path, names: list[str]) -> None:
     """Raise CacheError for folders whose names cannot be classes, or look like the splits of a data set."""
     broken = [printable(name) for name in names if printable(name) != name]
     if broken:
-        raise CacheError(f"{root} has class folders whose names are not printable UTF-8: {listed(broken)}. Rename them")
+        raise CacheError(f"{root} has classes whose names are not printable UTF-8: {listed(broken)}. Rename them")
     splits = [name for name in names if name.lower() in SPLIT_NAMES]
     if len(splits) > 1 or splits == names != []:
         first = next((name for name in splits if name.lower().startswith("train")), splits[0])

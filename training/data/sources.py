@@ -118,11 +118,14 @@ class TableSource(IndexedSource):
         self.labels = Labels(dataset.features[data.label_column], self.values, data.classes)
         self.classes = self.labels.classes
         self.images = undecoded(dataset.select_columns([data.image_column]), data.image_column)
-        examples = [self.example_of(row) for row in range(len(self.values))]
-        self.rows = [row for row, example in enumerate(examples) if example is not None]  # whose class is used
-        if not any(example is not None and not example.problem for example in examples):
-            first = next((f": {example.problem}" for example in examples if example is not None), "")
-            raise CacheError(f"none of the {len(examples)} images has a label that names a class{first}")
+        self.rows, problems = [], []
+        for row in range(len(self.values)):
+            if (example := self.example_of(row)) is not None:  # its class is used
+                self.rows.append(row)
+                problems += [example.problem] if example.problem else []
+        if len(problems) == len(self.rows):
+            first = f": {problems[0]}" if problems else ""
+            raise CacheError(f"none of the {len(self.values)} images has a label that names a class{first}")
         self.length = len(self.rows)
         left_out = self.labels.left_out
         self.notes = [f"left out {sum(left_out.values())} image(s) {of_other_classes(left_out)}"] if left_out else []

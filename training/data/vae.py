@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from training.settings.config import require
+from training.settings.config import ConfigError, require
 
 from .latent_cache import CacheError
 
@@ -25,12 +25,15 @@ from .latent_cache import CacheError
 OWN_FOLDERS = ("outputs", "checkpoints", "datasets", "src")
 
 
-def load_vae(name: str) -> AutoencoderKL:
+def load_vae(name: str | None) -> AutoencoderKL:
     """The VAE of a folder, or of a Hub repository `org/name`, perhaps in a sub-folder: `org/name/vae`.
 
     Raises:
+        ConfigError: if there is no name.
         CacheError: if it is in neither place.
     """
+    if not name:
+        raise ConfigError("data.vae is missing: the folder or Hub name of an AutoencoderKL")
     if not Path(name).exists() and (name[0] in "./~" or Path(name).parts[0] in OWN_FOLDERS):
         raise CacheError(f"data.vae: there is no folder {name}; name one with an AutoencoderKL, or a Hub repository")
     repository, _, subfolder = name.rpartition("/")

@@ -117,8 +117,8 @@ class DataConfig:
         "names 0, 1, 2, ...",
     )
     min_side: int = option(8, "images with a shorter side of fewer pixels are skipped; others are enlarged")
-    vae: FolderPath = option(
-        "",
+    vae: FolderPath | None = option(
+        None,
         "AutoencoderKL: a folder, or a Hub name with a sub-folder or none (org/name/vae); unset: that of "
         "model.start_from. The finished pipeline gets it too",
     )
@@ -362,7 +362,7 @@ def load_config(arguments: Sequence[str], program: str = "training.train") -> Tr
         raise SystemExit(0 if arguments else 2)
     files, overrides = split_arguments(arguments)
     require(len(files) == 1, f"give exactly one --config FILE, not {len(files)}; --help shows the keys")
-    tree = read_yaml(Path(files[0]))
+    tree = read_yaml(Path(files[0]).expanduser())
     for key, text in overrides.items():
         set_key(tree, key, text)
     return build(TrainConfig, tree)
