@@ -2,6 +2,6 @@
 
 `sources` lists the images of a folder (`folders`) or a Hugging Face dataset as `examples` with a class each
 (`labels`), `decoding` turns one of them into pixels, and `vae` pixels into latents. Training reads either a
-`latent_cache`, which `training.cache_latents` wrote, or the images themselves (`image_dataset`); `batches` draws groups
-from either, with every random number keyed on the position in the data.
+`latent_cache`, which `training.cache_latents` wrote, or the images themselves (`image_dataset`); `batches` draws
+groups from either, with every random number keyed on the position in the data.
 """
