@@ -13,6 +13,7 @@ from training.cache_latents import cache_latents, report
 from training.data.decoding import IMAGE_SUFFIXES
 from training.data.folders import FolderSource
 from training.data.latent_cache import CacheError
+from training.evaluation import references
 from training.settings.config import ConfigError, DataConfig
 
 
@@ -117,6 +118,14 @@ def test_an_empty_class_folder_is_an_error_that_tells_what_is_in_it(folder: Path
 def test_a_file_in_place_of_a_folder_is_named(folder: Path) -> None:
     with pytest.raises(CacheError, match="is a file, not a folder"):
         FolderSource(folder / "cat" / "1.png")
+
+
+def test_a_reference_folder_is_read_alike(folder: Path) -> None:
+    for name in ("__MACOSX/cat/._1.png", "cat/._2.png", ".ipynb_checkpoints/1.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"no image")
+    draw(folder / "dog" / "2.jfif")
+    assert references._open(str(folder), 16)[2] == 4
 
 
 # --- splits ---
