@@ -27,10 +27,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from training.data.decoding import BadImage, read_image
+from training.data.decoding import BadImage, in_memory, read_image
 from training.data.errors import CacheError, DataError
-from training.data.latent_cache import FORMAT, LatentCache, check_settings, write_json
-from training.data.sources import Example, Source, open_source
+from training.data.examples import Example, Source, content_digest
+from training.data.labels import without_images
+from training.data.latent_cache import FORMAT, LatentCache, check_settings, read_stamp, write_json
+from training.data.sources import open_source
 from training.data.vae import check_vae, latent_shape, load_vae, module_fingerprint
 from training.distributed.processes import process_state
 from training.settings.config import ConfigError, DataConfig, config_or_exit, require
@@ -38,6 +40,10 @@ from transdiff_pipelines.files import new_file
 
 
 BATCHES_AHEAD = 2  # how many batches are decoded ahead while the VAE encodes
+COMPARED_AT_ONCE = 64  # images read in threads
+COMPARED_STREAMS = 32  # of those whose first images alone are compared, at most
+
+Decoded = tuple[Tensor | str, int]  # pixels, or why there are none; the image's `content_digest`
 
 
 class ShardWriter:
@@ -87,36 +93,60 @@ class ShardWriter:
         ]
         return sum(min(size, length - part * size) for part in missing)
 
+    def streams(self) -> Iterator[int]:
+        """The streams that this process reads."""
+        by_stream = self.source.num_streams >= self.world_size
+        return (s for s in range(self.source.num_streams) if not by_stream or s % self.world_size == self.rank)
+
     def write_all(self, progress: tqdm) -> None:
         """Encode what is missing of this process's share."""
         start = time.perf_counter()
-        by_stream = self.source.num_streams >= self.world_size
-        for stream in range(self.source.num_streams):
+        for stream in self.streams():
             parts = self.parts(stream)
-            complete = parts is not None and all(path.exists() for path in parts)
-            if not complete and (not by_stream or stream % self.world_size == self.rank):
+            if parts is None or not all(path.exists() for path in parts):
                 self.write_stream(stream, progress)
         self.seconds = time.perf_counter() - start
 
     def write_stream(self, stream: int, progress: tqdm) -> None:
-        examples = self.source.examples(stream)
-        part = 0
-        while (first := next(examples, None)) is not None:
-            rest = itertools.islice(examples, self.data.shard_size - 1)
+        part = -1
+        for part, examples in enumerate(in_parts(self.source.examples(stream), self.data.shard_size)):
             if self.is_mine(stream, part) and not self.path(stream, part).exists():
-                self.write(self.path(stream, part), itertools.chain([first], rest), progress)
-            else:
-                deque(rest, maxlen=0)  # these images belong to another process, or are encoded already
-            part += 1
+                self.write(self.path(stream, part), examples, progress)
         if self.rank == 0 or self.source.num_streams >= self.world_size:
-            write_json(self.marker(stream), {"parts": part})
+            write_json(self.marker(stream), {"parts": part + 1})
+
+    def changed(self, progress: tqdm) -> list[str]:
+        """Names of images that are not those of which this process's shards were made, of all that are compared."""
+        every = 1 if self.source.compared is None else -(-self.source.num_streams // COMPARED_STREAMS)
+        return [name for s in self.streams() if s % every == 0 for name in self.changed_in(s, progress)]
+
+    def changed_in(self, stream: int, progress: tqdm) -> Iterator[str]:
+        limit = self.source.compared
+        read, last = itertools.islice(self.source.examples(stream), limit), -1
+        with ThreadPoolExecutor(self.threads) as pool:
+            for part, examples in enumerate(in_parts(read, self.data.shard_size)):
+                last = part
+                path = self.path(stream, part)
+                if not self.is_mine(stream, part) or not path.exists():
+                    continue
+                contents = iter(stored_contents(path))
+                while batch := list(itertools.islice(examples, COMPARED_AT_ONCE)):
+                    found = zip(batch, pool.map(Example.digest, batch), strict=True)
+                    yield from (example.name for example, digest in found if digest != next(contents, None))
+                    progress.update(len(batch))
+                if limit is None and next(contents, None) is not None:
+                    yield f"an image that {path.name} holds is gone"
+        parts = self.parts(stream)
+        if limit is None and parts is not None and len(parts) != last + 1:
+            yield f"stream {stream} makes {last + 1} shards, and made {len(parts)}"
 
     def write(self, path: Path, examples: Iterable[Example], progress: tqdm) -> None:
         """Encode one shard and put it in place atomically."""
-        moments, labels, skipped = [self.no_moments()], [], []
+        moments, labels, skipped, contents = [self.no_moments()], [], [], []
         for batch in self.decoded(examples):
             pixels = []
-            for example, outcome in batch:
+            for example, (outcome, content) in batch:
+                contents.append(content)
                 if isinstance(outcome, str):
                     skipped.append((example.name, outcome))
                 else:
@@ -126,7 +156,8 @@ class ShardWriter:
                 moments.append(self.encode(torch.stack(pixels)))
             progress.update(len(batch))
         mean, std = torch.cat(moments).chunk(2, dim=2)
-        tensors = {"mean": mean.contiguous(), "std": std.contiguous(), "labels": torch.tensor(labels).long()}
+        tensors = {"mean": mean.contiguous(), "std": std.contiguous()}
+        tensors |= {"labels": torch.tensor(labels).long(), "contents": torch.tensor(contents, dtype=torch.int64)}
         summary = {"skipped": skipped} | sums(mean, std)
         with new_file(path) as temporary:
             save_file(tensors, temporary, metadata={"summary": json.dumps(summary)})
@@ -135,9 +166,9 @@ class ShardWriter:
             name, reason = skipped[0]
             tqdm.write(f"{path.name}: {len(skipped)} image(s) skipped, the first is {name}: {reason}")
 
-    def decoded(self, examples: Iterable[Example]) -> Iterator[list[tuple[Example, Tensor | str]]]:
-        """Batches of examples with their pixels, or with the reason why there are none; decoded ahead in threads."""
-        pending: deque[list[tuple[Example, Future[Tensor | str]]]] = deque()
+    def decoded(self, examples: Iterable[Example]) -> Iterator[list[tuple[Example, Decoded]]]:
+        """Batches of examples with what `pixels` makes of them, ahead in threads."""
+        pending: deque[list[tuple[Example, Future[Decoded]]]] = deque()
         examples = iter(examples)
         with ThreadPoolExecutor(self.threads) as pool:
             while batch := list(itertools.islice(examples, self.data.encode_batch_size)):
@@ -147,15 +178,18 @@ class ShardWriter:
             while pending:
                 yield [(example, future.result()) for example, future in pending.popleft()]
 
-    def pixels(self, example: Example) -> Tensor | str:
-        """An example's pixels, or why it cannot be used."""
-        if example.problem:
-            return example.problem
+    def pixels(self, example: Example) -> Decoded:
+        """An example's pixels, or why it cannot be used, and its `content_digest`."""
+        image = None
         try:
-            source = example.load()
-            return read_image(source, self.data.image_size, self.vae.config.in_channels, self.data.min_side)
+            if example.problem:
+                raise BadImage(example.problem)
+            image = in_memory(example.load())
+            channels = self.vae.config.in_channels
+            outcome = read_image(image, self.data.image_size, channels, self.data.min_side)
         except BadImage as error:
-            return str(error)
+            return str(error), content_digest(example.label, image)
+        return outcome, content_digest(example.label, image)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -170,6 +204,20 @@ class ShardWriter:
         channels, *sides = latent_shape(self.vae, self.data.image_size)
         shape = (0, 2 if self.data.mirror else 1, 2 * channels, *sides)
         return torch.zeros(shape, dtype=getattr(torch, self.data.dtype))
+
+
+def in_parts(examples: Iterator[Example], size: int) -> Iterator[Iterator[Example]]:
+    """The examples in parts of `size`; what is not read of a part is passed over."""
+    while (first := next(examples, None)) is not None:
+        part = itertools.chain([first], itertools.islice(examples, size - 1))
+        yield part
+        deque(part, maxlen=0)
+
+
+def stored_contents(shard: Path) -> list[int]:
+    """The digests of the images of which a shard was made, skipped ones included."""
+    with safe_open(shard, framework="pt") as file:
+        return file.get_tensor("contents").tolist()
 
 
 def sums(mean: Tensor, std: Tensor) -> dict[str, float]:
@@ -195,6 +243,7 @@ def cache_settings(source: Source, vae: AutoencoderKL, data: DataConfig) -> dict
         "mirror": data.mirror,
         "dtype": data.dtype,
         "shard_size": data.shard_size,
+        "num_images": source.length,
         "images": source.digest,
         "classes": source.classes,
     }
@@ -208,7 +257,7 @@ def cache_latents(data: DataConfig, dataset: datasets.Dataset | datasets.Iterabl
         dataset: a dataset to read in place of `data.images` and `data.dataset`, with the columns that `data` names.
 
     Raises:
-        CacheError: if the folder holds a cache made with other settings, or if there are no readable images.
+        CacheError: if the folder holds a cache made with other settings or of other images, or if none is readable.
         ConfigError: if columns, classes or sizes do not fit.
     """
     require(data.cache is not None, "data.cache is missing: the folder to write the latents to")
@@ -219,16 +268,19 @@ def cache_latents(data: DataConfig, dataset: datasets.Dataset | datasets.Iterabl
     check_vae(vae, data.image_size)
     writer = ShardWriter(source, vae, data, state.device, state.process_index, state.num_processes)
     settings = cache_settings(source, vae, data)
+    stamp = source.stamp()
     with state.main_process_first():
-        prepare_folder(writer.folder, settings)
+        prepare_folder(writer.folder, settings, stamp)
     hide = not state.is_local_main_process
+    check_unchanged(writer, stamp, hide)
+    state.wait_for_everyone()
     with tqdm(total=writer.todo(), desc="encoding", unit="image", disable=hide, mininterval=1) as progress:
         writer.write_all(progress)
     state.wait_for_everyone()
     speeds = gather_object([(writer.encoded, writer.seconds)])
     if state.is_main_process:
         write_index(writer, settings)
-        print(speed(speeds))
+        print(*source.notes, speed(speeds), sep="\n")
     state.wait_for_everyone()
     return LatentCache(writer.folder)
 
@@ -244,8 +296,39 @@ def speed(measured: list[tuple[int, float]]) -> str:
     return f"{line}, {idle} of {len(measured)} processes idle{remedy}" if idle else line
 
 
-def prepare_folder(folder: Path, settings: dict[str, Any]) -> None:
+def check_unchanged(writer: ShardWriter, stamp: str | None, hide: bool) -> None:
+    """Compare the images with those of the shards that are there already, unless their files are untouched since.
+
+    All processes call this together. Where there are no files to tell by, contents are always compared.
+
+    Args:
+        writer: its source, its shards.
+        stamp: of the source.
+        hide: whether to hide the progress bar.
+
+    Raises:
+        CacheError: on all processes, naming images that have changed.
+    """
+    source = writer.source
+    untouched = stamp is not None and stamp == read_stamp(writer.folder)
+    if untouched or not any(writer.folder.glob("moments-*.safetensors")):
+        return
+    total = source.length if source.compared is None else None
+    with tqdm(total=total, desc="comparing", unit="image", disable=hide, mininterval=1) as progress:
+        changed = gather_object(writer.changed(progress))
+    if changed:
+        raise CacheError(
+            f"latent cache {writer.folder} was made of other images: {len(changed)} changed since, such as "
+            f"{', '.join(changed[:5])}. Choose another data.cache folder, or delete this one."
+        )
+    if writer.rank == 0:
+        write_json(writer.folder / "checked.json", {"stamp": stamp})
+
+
+def prepare_folder(folder: Path, settings: dict[str, Any], stamp: str | None) -> None:
     """Create the folder, or check that what it holds was made with the same settings."""
+    if folder.exists() and not folder.is_dir():
+        raise CacheError(f"data.cache {folder} is a file; name a folder")
     path = folder / "settings.json"
     if path.exists():
         check_settings(folder, json.loads(path.read_text(encoding="utf-8")), settings)
@@ -253,6 +336,7 @@ def prepare_folder(folder: Path, settings: dict[str, Any]) -> None:
     if folder.exists() and any(folder.glob("moments-*.safetensors")):
         raise CacheError(f"{folder} holds shards but no settings.json; delete it or choose another data.cache folder")
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "checked.json", {"stamp": stamp})
     write_json(path, settings)
 
 
@@ -297,6 +381,7 @@ def report(cache: LatentCache) -> str:
         f"shift factor {cache.shift_factor:.4f}. For these images a scaling factor of {1 / std:.4f} would give std 1; "
         "to train from scratch, that is: a pipeline to start from knows the latents of its own VAE",
     ]
+    lines += without_images(cache.labels, cache.classes)
     if skipped:
         named = [f"  {name}: {reason}" for name, reason in skipped[:20]]
         where = [f"  and {len(skipped) - 20} more, listed in {cache.folder / 'index.json'}"] if skipped[20:] else []

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from training.data.batches import GroupBatches, batch_loader, keyed_generator
 from training.data.held_out import held_out_images
-from training.data.image_dataset import ImageData, Unreadable, open_data
-from training.data.vae import PixelEncoder, frozen_fingerprint, load_vae, module_fingerprint
+from training.data.image_dataset import ImageData, Unreadable, changed_files, open_data
+from training.data.labels import without_images
+from training.data.vae import PixelEncoder, load_vae, module_fingerprint
 from training.distributed.engine import Engine, ReplicatedEngine, Step
 from training.distributed.fsdp2 import Fsdp2Engine
 from training.distributed.interruption import StopRequest, TrainingInterrupted, TrainingStopped
@@ -61,6 +62,8 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.output = Path(config.output)
+        if self.output.is_file():
+            raise ConfigError(f"output {self.output} is a file; name a folder")
         candidates = find_checkpoints(self.output, config.resume)
         check_trackers(config.trackers)
         check_deepspeed(config)
@@ -73,10 +76,8 @@ class Trainer:
         self._open_data()
         self.module, notes = build_model(config, self.data)
         self.origins = {"images, their order or classes": self.data.digest, "VAE's weights": self.data.vae_fingerprint}
-        if (
-            config.lora.rank is not None
-        ):  # a checkpoint holds the adapters alone, so that the weights they adapt must be the same
-            self.origins["weights of model.start_from"] = frozen_fingerprint(self.module)
+        if self.module.origin is not None:
+            self.origins["weights of model.start_from"] = self.module.origin
         self.export = Export(config, self.vae, self.accelerator.device)
         self.preview_config = self._preview_of(self.module.classes)
         self.batches = GroupBatches.of(
@@ -148,6 +149,11 @@ class Trainer:
 
     def _warnings(self) -> Iterator[str]:
         """Lines about settings that are allowed but are rarely what the user wants."""
+        yield from without_images(self.data.labels, self.data.classes)
+        if isinstance(self.data, ImageData):
+            yield from self.data.source.notes
+        elif self.accelerator.is_main_process:
+            yield from changed_files(self.config.data)
         start = self.config.model.start_from
         if start is not None and Path(start, "vae").is_dir():
             vae = load_vae(f"{start}/vae")

@@ -1,5 +1,6 @@
 """`transdiff info`: what a checkpoint is, from its configuration files alone."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
@@ -46,7 +47,8 @@ def info(
         for class_id, name in classes.items():
             typer.echo(f"{class_id:>6}  {name}")
         if search is None and len(names) > len(classes):
-            typer.echo(f"   ...  {len(names) - len(classes)} more: transdiff info {model} --search TEXT")
+            command = f"transdiff info {shlex.quote(str(model))} --search TEXT"
+            typer.echo(f"   ...  {len(names) - len(classes)} more: {command}")
 
 
 def _pipeline_index(source: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ python -m transdiff_pipelines.write_cards --output model_cards --check
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         present = {path.name: path.read_text(encoding="utf-8") for path in options.output.glob("*.md")}
         stale = sorted(name for name in cards.keys() | present.keys() if cards.get(name) != present.get(name))
         if stale:
-            command = f"python -m transdiff_pipelines.write_cards --output {options.output}"
+            command = f"python -m transdiff_pipelines.write_cards --output {shlex.quote(str(options.output))}"
             print(f"not current in {options.output}: {', '.join(stale)}; run {command}", file=sys.stderr)
             raise SystemExit(1)
         return

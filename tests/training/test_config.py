@@ -57,7 +57,7 @@ def test_a_number_with_an_exponent_and_a_bare_no_are_read_as_meant(tmp_path: Pat
         ("--optimizer.learning_rate=fast", ["optimizer.learning_rate", "'fast'", "a number"]),
         ("--optimizer.learning_rate=-1", ["optimizer.learning_rate", "-1", "positive"]),
         ("--data.batch_size=2.5", ["data.batch_size", "2.5", "a whole number"]),
-        ("--data.batch_size=true", ["data.batch_size", "True", "a whole number"]),
+        ("--data.batch_size=true", ["data.batch_size", "'true'", "a whole number"]),
         ("--data.mirror=1", ["data.mirror", "1", "true or false"]),
         ("--mixed_precision=fp8", ["mixed_precision", "'fp8'", "no, bf16, fp16"]),
         ("--model.frozen=[decoder]", ["model.frozen", "'decoder'", "condition_encoder, transformer"]),

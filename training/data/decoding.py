@@ -23,10 +23,28 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.ImageFile import StubImageFile
 from torch import Tensor
 
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+# Formats that Pillow names but does not decode by itself: MPEG not at all, EPS by running another program.
+NOT_DECODED = {"EPS", "MPEG"}
+
+
+def openable_suffixes() -> set[str]:
+    """The suffixes, in lower case and with their dots, of the image files that this Pillow can decode."""
+    formats = Image.registered_extensions()  # loads the plugins
+    stubs = {name for name, (made_by, _) in Image.OPEN.items() if is_stub(made_by)}
+    decoded = Image.OPEN.keys() - stubs - NOT_DECODED
+    return {suffix for suffix, name in formats.items() if name in decoded}
+
+
+def is_stub(made_by: Any) -> bool:
+    """Whether the reader of a format leaves decoding to a plugin that is not there."""
+    return isinstance(made_by, type) and issubclass(made_by, StubImageFile)
+
+
+IMAGE_SUFFIXES = openable_suffixes()
 
 
 # An image and a size in pixels, to a square of that size.
@@ -63,6 +81,22 @@ def read_image(source: Any, size: int, channels: int, min_side: int = 1, crop: C
     except Exception as error:  # decoders raise whatever the damage makes them stumble on
         where = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")
         raise BadImage(f"{type(error).__name__}: {where.sub('', str(error))}") from error
+
+
+def in_memory(source: Any) -> Any:
+    """What `read_image` takes, with the bytes of a file in place of its path.
+
+    Raises:
+        BadImage: if the file cannot be read.
+    """
+    if isinstance(source, dict):
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    if not isinstance(source, str | Path):
+        return source
+    try:
+        return Path(source).read_bytes()
+    except OSError as error:
+        raise BadImage(f"{type(error).__name__}: {error.strerror}") from error
 
 
 def open_image(source: Any) -> Image.Image:

@@ -22,9 +22,14 @@ from training.settings.config import ConfigError, DataConfig
 
 from .batches import TrainingData
 from .decoding import BadImage, random_crop, read_image
-from .latent_cache import CacheError, LatentCache, digest_of
-from .sources import Example, IndexedSource, open_source
+from .examples import Example, IndexedSource
+from .folders import FolderSource
+from .latent_cache import CacheError, LatentCache, digest_of, read_stamp
+from .sources import open_source
 from .vae import check_vae, latent_shape, module_fingerprint
+
+
+COMPARED_IMAGES = 500  # whose contents tell the images of a run from others when it is resumed
 
 
 class ImageData:
@@ -40,7 +45,8 @@ class ImageData:
 
     Attributes:
         labels: `(images,)` int64 class index of each image that has a valid label.
-        classes, latent_shape, vae_fingerprint, digest: as in `LatentCache`.
+        classes, latent_shape, vae_fingerprint: as in `LatentCache`.
+        digest: of names, sizes, labels and classes, and of the contents of up to `COMPARED_IMAGES` images.
 
     Raises:
         CacheError: if no label is valid.
@@ -56,7 +62,7 @@ class ImageData:
         self.classes = source.classes
         self.latent_shape = latent_shape(vae, data.image_size)
         self.vae_fingerprint = module_fingerprint(vae, dict(vae.config))
-        self.digest = digest_of(source.digest, source.classes, data.min_side)
+        self.digest = digest_of(source.digest, source.classes, data.min_side, sample_contents(source))
         labels = np.array([source.example(index).label for index in range(source.length)], dtype=np.int64)
         self.rows = np.flatnonzero(labels >= 0)
         self.labels = labels[self.rows]
@@ -133,6 +139,11 @@ class ImageData:
         return {name: drawn[name] for name in ("pixels", "wanted", "used")} | {"posterior": normal}
 
 
+def sample_contents(source: IndexedSource) -> list[int]:
+    """The digests of evenly spaced images, of all in a small data set: reading a large one would take too long."""
+    return [source.example(i).digest() for i in range(0, source.length, -(-source.length // COMPARED_IMAGES))]
+
+
 def open_data(data: DataConfig, vae: AutoencoderKL) -> TrainingData:
     """The latent cache, or without one the images themselves.
 
@@ -151,6 +162,24 @@ def open_data(data: DataConfig, vae: AutoencoderKL) -> TrainingData:
             "and run training.cache_latents, which reads it without a download"
         )
     return ImageData(source, vae, data)
+
+
+def changed_files(data: DataConfig) -> list[str]:
+    """A warning, if the files of `data.images` differ in names, sizes or times from those that `data.cache` was made
+    of or last compared with. Their contents are compared by training.cache_latents alone, which takes longer.
+    """
+    if data.images is None or not Path(data.images).is_dir():  # training needs no images, and may go on without
+        return []
+    try:
+        found = FolderSource(Path(data.images), data.classes).stamp()
+    except (CacheError, ConfigError) as error:
+        found = str(error)
+    if found == read_stamp(Path(str(data.cache))):
+        return []
+    return [
+        f"warning: the files of {data.images} are not as they were when {data.cache} was made: if images have changed,"
+        " the cache holds the old ones. training.cache_latents, run again, compares their contents"
+    ]
 
 
 class Unreadable:

@@ -3,8 +3,11 @@
 A cache is a folder of
 
     settings.json                     all that the moments depend on; a folder made with other settings is refused
+    checked.json                      names, sizes and times of the images' files, as one digest, when their contents
+                                      were last known to be those of the shards
     moments-00000-00000.safetensors   stream and part: mean and std (n, V, C, s, s) as the VAE gives them, labels (n,);
-                                      V = 2 views with a mirror, else 1
+                                      V = 2 views with a mirror, else 1; contents (m,) digests of the images, skipped
+                                      ones too (`examples.content_digest`)
     stream-00000.json                 how many parts a stream has
     index.json                        written last: settings, shards and their counts, skipped images and the reason
                                       for each, mean and std of the latents
@@ -31,7 +34,7 @@ from transdiff_pipelines.latents import scale_latents
 from .errors import CacheError as CacheError
 
 
-FORMAT = 1
+FORMAT = 2
 
 
 class LatentCache:
@@ -44,10 +47,10 @@ class LatentCache:
         num_views: 2 if each image's mirror is cached too, else 1.
         scaling_factor, shift_factor: the VAE's; training latents are (posterior sample - shift) * scaling.
         vae_fingerprint: digest of the VAE the moments come from.
-        digest: of the images, which tells them from others.
+        digest: of the images' contents, labels and classes, and of what was made of them; not of where they lie.
 
     Raises:
-        CacheError: if the folder holds no finished cache.
+        CacheError: if the folder holds no finished cache of this format.
     """
 
     draws_per_image = 1
@@ -61,13 +64,18 @@ class LatentCache:
         index = json.loads(index_path.read_text(encoding="utf-8"))
         self.settings: dict[str, Any] = index["settings"]
         if self.settings["format"] != FORMAT:
-            raise CacheError(f"latent cache {self.folder} has format {self.settings['format']}; expected {FORMAT}")
+            raise CacheError(
+                f"latent cache {self.folder} has format {self.settings['format']}; {FORMAT} is expected, which tells "
+                "changed images. Delete it and run training.cache_latents again"
+            )
         self.classes: list[str] = self.settings["classes"]
         self.scaling_factor: float = self.settings["scaling_factor"]
         self.shift_factor: float = self.settings.get("shift_factor") or 0.0
         self.vae_fingerprint: str = self.settings["vae_fingerprint"]
-        self.digest = digest_of(self.settings["images"], self.classes)
         self.shards = [load_file(self.folder / shard["file"]) for shard in index["shards"]]
+        contents = torch.cat([shard["contents"] for shard in self.shards]).numpy().tobytes()
+        made = [self.settings[name] for name in ("classes", "image_size", "crop", "mirror", "dtype")]
+        self.digest = digest_of(hashlib.sha256(contents).hexdigest(), made)
         self._ends = np.cumsum([len(shard["labels"]) for shard in self.shards])
         self.labels: np.ndarray = torch.cat([shard["labels"] for shard in self.shards]).numpy()
         self.rows = np.arange(len(self.labels))
@@ -121,6 +129,12 @@ class LatentCache:
 
 def reopen(folder: Path, rows: np.ndarray) -> LatentCache:
     return LatentCache(folder).select(rows)
+
+
+def read_stamp(folder: Path) -> str | None:
+    """What the images' files looked like when the shards were last known to be theirs: `examples.Source.stamp`."""
+    path = folder / "checked.json"
+    return json.loads(path.read_text(encoding="utf-8"))["stamp"] if path.exists() else None
 
 
 def check_settings(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:

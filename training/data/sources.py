@@ -10,58 +10,27 @@ order of the names ("2" before "10").
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import fsspec
+import pyarrow
 
 from training.settings.config import ConfigError, DataConfig, require
 
-from .decoding import IMAGE_SUFFIXES
+from .examples import Example, IndexedSource
+from .examples import Source as Source
+from .folders import FolderSource, printable, status_of, times
+from .labels import Labels, listed, natural_key
 from .latent_cache import CacheError, digest_of
 
 
-@dataclass(frozen=True)
-class Example:
-    """An image not loaded yet.
-
-    Attributes:
-        name: file name or row, for messages.
-        label: class index.
-        load: returns the image in a form that `decoding.read_image` takes.
-        problem: why the image cannot be used, if its label is wrong; `label` is -1 then.
-    """
-
-    name: str
-    label: int
-    load: Callable[[], Any]
-    problem: str = ""
-
-
-class Source(Protocol):
-    """What `cache_latents` needs to know of a data set.
-
-    Attributes:
-        classes: class names in index order.
-        num_streams: how many streams there are.
-        length: images in all, if that is known without reading them.
-        digest: changes when the images do, as far as can be told without reading them.
-    """
-
-    classes: list[str]
-    num_streams: int
-    digest: str
-
-    @property
-    def length(self) -> int | None: ...
-
-    def examples(self, stream: int) -> Iterator[Example]:
-        """The images of one stream, always in the same order."""
-        ...
+COMPARED_OF_A_STREAM = 8  # images of each stream that are compared with a cache, if they come over a network
 
 
 def open_source(data: DataConfig, dataset: datasets.Dataset | datasets.IterableDataset | None = None) -> Source:
@@ -74,79 +43,13 @@ def open_source(data: DataConfig, dataset: datasets.Dataset | datasets.IterableD
     if dataset is None and data.dataset is None:
         require(data.images is not None, "data.images or data.dataset is missing: where the images are")
         return FolderSource(Path(str(data.images)), data.classes)
-    dataset = load(data) if dataset is None else dataset
+    if dataset is None:
+        dataset = load(data)
+    else:  # `data` does not tell where it comes from
+        data = replace(data, dataset=None, streaming=False)
     check_column(dataset, data.image_column, "image_column")
     check_column(dataset, data.label_column, "label_column")
     return StreamSource(dataset, data) if isinstance(dataset, datasets.IterableDataset) else TableSource(dataset, data)
-
-
-def natural_key(text: str) -> list[tuple[int, int, str]]:
-    """Sort key under which "img2" stands before "img10"."""
-    parts = re.split(r"(\d+)", text)
-    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts if part]
-
-
-class IndexedSource:
-    """A source of known length, whose images can be had in any order: one stream.
-
-    Attributes:
-        classes, length, digest: as in `Source`.
-    """
-
-    num_streams = 1
-    classes: list[str]
-    length: int
-    digest: str
-
-    def example(self, index: int) -> Example:
-        """The image with this number in 0 .. length - 1."""
-        raise NotImplementedError
-
-    def examples(self, stream: int) -> Iterator[Example]:
-        return map(self.example, range(self.length))
-
-
-# --- image folders ---------------------------------------------------------------------------------------------------
-
-
-class FolderSource(IndexedSource):
-    """A folder with one sub-folder per class, searched at any depth; files of other kinds are passed over.
-
-    Args:
-        root: the folder.
-        classes: names of the sub-folders to use, in index order; None: all in natural order.
-
-    Raises:
-        CacheError: if the folder is missing, or if there is a class without images or no class at all.
-    """
-
-    def __init__(self, root: Path, classes: Sequence[str] | None = None) -> None:
-        if not root.is_dir():
-            raise CacheError(f"image folder {root} does not exist (data.images)")
-        names = sorted((path.name for path in root.iterdir() if path.is_dir()), key=natural_key)
-        names = [name for name in names if not name.startswith(".")]
-        self.root = root
-        self.classes = names if classes is None else chosen_classes(classes, names, str(root))
-        found = [sorted_images(root / name) for name in self.classes]
-        empty = [name for name, images in zip(self.classes, found, strict=True) if not images]
-        if empty or not found:
-            problem = f"class folders without images: {', '.join(empty[:5])}" if empty else "no class folders"
-            raise CacheError(f"{root} has {problem}; put images into one sub-folder per class")
-        self.files = [(path, label) for label, images in enumerate(found) for path in images]
-        self.length = len(self.files)
-        self.digest = digest_of([(self.name(path), path.stat().st_size) for path, _ in self.files])
-
-    def name(self, path: Path) -> str:
-        return path.relative_to(self.root).as_posix()
-
-    def example(self, index: int) -> Example:
-        path, label = self.files[index]
-        return Example(self.name(path), label, lambda: path)
-
-
-def sorted_images(folder: Path) -> list[Path]:
-    images = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    return sorted(images, key=lambda path: natural_key(path.relative_to(folder).as_posix()))
 
 
 # --- Hugging Face datasets -------------------------------------------------------------------------------------------
@@ -186,65 +89,10 @@ def undecoded(dataset: Any, column: str) -> Any:
     return dataset
 
 
-def chosen_classes(wanted: Sequence[str], present: Sequence[str], where: str) -> list[str]:
-    missing = [name for name in wanted if name not in present]
-    require(not missing, f"data.classes names {', '.join(missing[:5])}, which {where} does not have")
-    return list(wanted)
-
-
-class Labels:
-    """Values of a label column to class indices.
-
-    Args:
-        feature: the column's feature; None if a stream does not tell.
-        values: the whole column; None for streams, whose classes must then be known without reading it.
-        classes: `data.classes`: for names (texts or a ClassLabel) the classes to use, in index order, images of
-            others being left out; for plain whole numbers the names of 0, 1, 2, ...
-    """
-
-    def __init__(self, feature: Any, values: Sequence[Any] | None, classes: Sequence[str] | None) -> None:
-        self.partial = classes is not None
-        self.names: list[str] | None = None  # what whole numbers mean
-        if isinstance(feature, datasets.ClassLabel):
-            self.names = list(feature.names)
-            self.classes = self.names if classes is None else chosen_classes(classes, self.names, "the dataset")
-        elif classes is not None:
-            self.names = self.classes = list(classes)
-        else:
-            require(
-                values is not None,
-                "a stream whose label column has no ClassLabel feature does not tell its classes: list them in "
-                "data.classes",
-            )
-            self.classes = sorted({str(value) for value in values or () if value is not None}, key=natural_key)
-        self.index = {name: label for label, name in enumerate(self.classes)}
-
-    def __call__(self, value: Any) -> int | None:
-        """The class index; None: of a class that is not used.
-
-        Raises:
-            ValueError: if the value is no label.
-        """
-        name = None if value is None else str(value)
-        if isinstance(value, int) and self.names is not None:
-            name = self.names[value] if 0 <= value < len(self.names) else None
-        if name is None:
-            raise ValueError(f"label {value!r} names no class")
-        return self.index.get(name)
-
-    def example(self, name: str, value: Any, load: Callable[[], Any]) -> Example | None:
-        """The example of an image with this label; None if its class is not used."""
-        try:
-            label = self(value)
-        except ValueError as error:
-            return Example(name, -1, load, str(error))
-        return None if label is None else Example(name, label, load)
-
-
 def image_name(row: str, value: Any) -> str:
     """The row and, where the dataset keeps it, the file's name."""
     path = value.get("path") if isinstance(value, dict) else None
-    return f"{row} ({Path(path).name})" if path else row
+    return f"{row} ({printable(Path(path).name)})" if path else row
 
 
 def remote_bytes(value: Any) -> Any:
@@ -257,18 +105,52 @@ def remote_bytes(value: Any) -> Any:
 
 
 class TableSource(IndexedSource):
-    """A map-style dataset; rows are read one by one, labels all at once."""
+    """A map-style dataset; rows are read one by one, labels all at once.
+
+    Raises:
+        CacheError: if no row has a label.
+        ConfigError: if labels and `data.classes` do not fit.
+    """
 
     def __init__(self, dataset: datasets.Dataset, data: DataConfig) -> None:
+        self.dataset, self.column = dataset, data.image_column
         self.values = list(dataset.with_format(None)[data.label_column])
         self.labels = Labels(dataset.features[data.label_column], self.values, data.classes)
         self.classes = self.labels.classes
         self.images = undecoded(dataset.select_columns([data.image_column]), data.image_column)
-        self.column = data.image_column
-        # of the rows whose class is used
-        self.rows = [row for row in range(len(self.values)) if self.example_of(row) is not None]
+        self.rows, problems = [], []
+        for row in range(len(self.values)):
+            if (example := self.example_of(row)) is not None:  # its class is used
+                self.rows.append(row)
+                problems += [example.problem] if example.problem else []
+        if len(problems) == len(self.rows):
+            first = f": {problems[0]}" if problems else ""
+            raise CacheError(f"none of the {len(self.values)} images has a label that names a class{first}")
         self.length = len(self.rows)
-        self.digest = digest_of(data.dataset, data.subset, data.split, self.column, list(map(str, self.values)))
+        left_out = self.labels.left_out
+        self.notes = [f"left out {sum(left_out.values())} image(s) {of_other_classes(left_out)}"] if left_out else []
+        self.digest = digest_of(list(map(str, self.values)))
+
+    def stamp(self) -> str | None:
+        """Of the table's files, and of those that it only names; None for a table in memory."""
+        tables = [file["filename"] for file in self.dataset.cache_files]
+        named = self.named_files()
+        if not tables and len(named) < len(self.values):
+            return None
+        files = [times(status_of(Path(file))) for file in [*tables, *named]]
+        return digest_of(files, self.dataset._fingerprint)
+
+    def named_files(self) -> list[str]:
+        """The paths of the images that the table names and does not hold."""
+        paths: list[str] = []
+        for batch in self.images.with_format("arrow").iter(batch_size=1000):
+            for chunk in batch[self.column].chunks:
+                if pyarrow.types.is_struct(chunk.type):
+                    is_named = chunk.field("bytes").is_null().to_pylist()
+                    paths += itertools.compress(chunk.field("path").to_pylist(), is_named)
+                elif pyarrow.types.is_string(chunk.type) or pyarrow.types.is_large_string(chunk.type):
+                    paths += chunk.to_pylist()
+        return [path for path in paths if path is not None]
 
     def example_of(self, row: int) -> Example | None:
         """The example in a row; None if its class is not used."""
@@ -283,7 +165,8 @@ class TableSource(IndexedSource):
 class StreamSource:
     """A streaming dataset; each of its data files is a stream, so several processes read different files.
 
-    The number of images is not known, and a file that changes unnoticed is not detected.
+    The number of images is not known. Of streams that do not come from a folder here only the first images are
+    compared with a cache: the others would have to be downloaded again.
     """
 
     length = None
@@ -295,7 +178,21 @@ class StreamSource:
         self.dataset = undecoded(dataset, data.image_column)
         self.data = data
         self.num_streams = dataset.num_shards
-        self.digest = digest_of(data.dataset, data.subset, data.split, data.image_column, self.num_streams)
+        self.folder = local_folder(data)
+        self.compared = COMPARED_OF_A_STREAM if self.folder is None else None
+        name = data.dataset if self.folder is None else None
+        self.digest = digest_of(name, data.subset, data.split, self.num_streams)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left out of the streams that have been read so far."""
+        return [f"left out images {of_other_classes(self.labels.left_out)}"] if self.labels.left_out else []
+
+    def stamp(self) -> str | None:
+        if self.folder is None:
+            return None
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        return digest_of([(path.relative_to(self.folder).as_posix(), times(status_of(path))) for path in files])
 
     def examples(self, stream: int) -> Iterator[Example]:
         for row, values in enumerate(self.dataset.shard(self.num_streams, stream)):
@@ -306,3 +203,12 @@ class StreamSource:
             load = lambda image=image: remote_bytes(image)  # noqa: E731
             if example := self.labels.example(name, values[self.data.label_column], load):
                 yield example
+
+
+def of_other_classes(left_out: Counter[str]) -> str:
+    return f"of classes that data.classes does not name: {listed(sorted(left_out, key=natural_key))}"
+
+
+def local_folder(data: DataConfig) -> Path | None:
+    """`data.dataset`, if it is a folder here."""
+    return Path(data.dataset) if data.dataset is not None and Path(data.dataset).is_dir() else None

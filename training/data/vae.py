@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from training.settings.config import require
+from training.settings.config import ConfigError, require
 from transdiff_pipelines.latents import scale_latents, vae_stride
 
 from .errors import DataError
@@ -26,12 +26,15 @@ from .errors import DataError
 OWN_FOLDERS = ("outputs", "checkpoints", "datasets", "src")
 
 
-def load_vae(name: str) -> AutoencoderKL:
+def load_vae(name: str | None) -> AutoencoderKL:
     """The VAE of a folder, or of a Hub repository `org/name`, perhaps in a sub-folder: `org/name/vae`.
 
     Raises:
+        ConfigError: if there is no name.
         DataError: if it is in neither place.
     """
+    if not name:
+        raise ConfigError("data.vae is missing: the folder or Hub name of an AutoencoderKL")
     if not Path(name).exists() and (name[0] in "./~" or Path(name).parts[0] in OWN_FOLDERS):
         raise DataError(f"data.vae: there is no folder {name}; name one with an AutoencoderKL, or a Hub repository")
     repository, _, subfolder = name.rpartition("/")
@@ -61,11 +64,6 @@ def tensors_digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def frozen_fingerprint(module: nn.Module) -> str:
-    """A digest of the weights that are not trained."""
-    return tensors_digest({name: value for name, value in module.named_parameters() if not value.requires_grad})
 
 
 def check_vae(vae: AutoencoderKL, image_size: int) -> None:

@@ -15,6 +15,7 @@ form in which the data were published:
 import argparse
 import json
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +53,8 @@ def load_split(data: str | os.PathLike, split: str) -> tuple[np.ndarray, np.ndar
     paths = sorted(Path(data, split).glob("[0-9]/*.png"))
     if not paths:
         raise FileNotFoundError(
-            f"no digits under {Path(data, split)}; write them with `python -m training.digits.export --output {data}`"
+            f"no digits under {Path(data, split)}; write them with `python -m training.digits.export --output "
+            f"{shlex.quote(str(data))}`"
         )
     images = [np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255 for path in paths]
     return np.stack(images), np.array([int(path.parent.name) for path in paths])

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from training.data.decoding import IMAGE_SUFFIXES, BadImage, read_image
+from training.data.folders import find_images, times
 from training.evaluation.features import Extractor, Features
 from training.evaluation.metrics import RunningStatistics, Statistics
 from transdiff_pipelines.files import new_file
@@ -183,10 +185,11 @@ def _open(source: str, side: int) -> tuple[str, Batches, int | None]:
     if not path.is_dir():
         what = f"reference {source} is a file of another kind" if path.exists() else f"there is no reference {source}"
         raise ReferenceImagesError(f"{what}; give an .npz, a folder of images, or hf:NAME[:SPLIT]")
-    paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
+    found = sorted(find_images(path, set(), Counter()))
+    if not found:
         raise ReferenceImagesError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    listing = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in paths]
+    listing = [(str(file.resolve()), *times(status)) for file, status in found]
+    paths = [file for file, _ in found]
     return repr(listing), _batched(paths, side), len(paths)
 
 

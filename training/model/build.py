@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from training.data.batches import TrainingData
+from training.data.vae import tensors_digest
 from training.settings.config import ConfigError, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
 from transdiff_pipelines import (
     ARConditionEncoder,
@@ -37,9 +38,11 @@ class TrainingModel(nn.Module):
         classes: names of the encoder's classes.
         class_ids: `(data classes + 1,)` the encoder's class of each class of the data, the null class last; None
             where they are the same.
+        origin: digest of the weights of the pipeline that it started from; None if there is none.
     """
 
     class_ids: Tensor | None
+    origin: str | None = None
 
     def __init__(
         self, condition_encoder: ARConditionEncoder, transformer: TransDiffTransformer2DModel, classes: list[str]
@@ -151,6 +154,7 @@ def inherit_model(model: ModelConfig, lora: LoraConfig, data: TrainingData) -> t
         raise ConfigError(f"model.start_from {folder} is not a pipeline folder (it has no model_index.json)")
     old_encoder = ARConditionEncoder.from_pretrained(folder, subfolder="condition_encoder")
     old_transformer = TransDiffTransformer2DModel.from_pretrained(folder, subfolder="transformer")
+    origin = "-".join(tensors_digest(network.state_dict()) for network in (old_encoder, old_transformer))
     sizes = sizes_of(old_encoder, old_transformer)
     differing = [f"{k} {v} (there {sizes[k]})" for k, v in model.sizes().items() if v is not None and v != sizes[k]]
     if differing:
@@ -167,6 +171,7 @@ def inherit_model(model: ModelConfig, lora: LoraConfig, data: TrainingData) -> t
         classes = [(old_names or {}).get(str(i), str(i)) for i in range(old_encoder.config.num_classes)]
         notes = [f"adapting {folder}"]
     built = new_model(sizes, model, classes, data.latent_shape, encoder_side(model, old_encoder, data))
+    built.origin = origin
     if lora.rank is not None:
         built.class_ids = adapted_classes(sources, data.classes, len(classes))
     for part, old, rules in (

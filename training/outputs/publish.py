@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
@@ -43,6 +44,6 @@ def publish(folder: Path, repo_id: str) -> str:
     except Exception as error:  # of any kind: network and server fail in many ways, and the run itself is finished
         raise PublishError(
             f"{folder} is complete but was not pushed to {repo_id} ({type(error).__name__}: {error}). Try again with: "
-            f"hf upload {repo_id} {folder}"
+            f"hf upload {repo_id} {shlex.quote(str(folder))}"
         ) from error
     return str(address)

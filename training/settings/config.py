@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from .schema import ConfigError as ConfigError
-from .schema import build, option, read_value, read_yaml, require, section_help, set_key, split_arguments
+from .schema import build, option, read_yaml, require, section_help, set_key, split_arguments
 from .schema import to_dict as to_dict
+from .values import FolderPath
 
 
 LATENT_PARTS = ("condition_encoder", "transformer")
@@ -25,7 +26,9 @@ LATENT_PARTS = ("condition_encoder", "transformer")
 class ModelConfig:
     """The two networks: sizes of their own, a published preset, or those of a pipeline to start from."""
 
-    start_from: str | None = option(None, "pipeline folder whose weights are inherited (1-step -> MRAR, fine-tuning)")
+    start_from: FolderPath | None = option(
+        None, "pipeline folder whose weights are inherited (1-step -> MRAR, fine-tuning)", free_on_resume="place"
+    )
     classes: Literal["by_name", "by_id", "new"] = option(
         "by_name",
         "which class embeddings of start_from are kept: of classes whose name, or a comma-separated synonym, is there "
@@ -94,12 +97,12 @@ class LoraConfig:
 class DataConfig:
     """Images, the VAE that encodes them, and the cache of latents that training reads in their place."""
 
-    images: str | None = option(
+    images: FolderPath | None = option(
         None,
         "folder with one sub-folder per class; read by cache_latents, and by training if data.cache is null",
         free_on_resume=True,
     )
-    dataset: str | None = option(
+    dataset: FolderPath | None = option(
         None,
         "in place of data.images: a Hugging Face dataset (a Hub name, a folder that load_dataset reads, or one that "
         "save_to_disk wrote)",
@@ -126,15 +129,17 @@ class DataConfig:
     min_side: int = option(
         8, "images with a shorter side of fewer pixels are skipped; others are enlarged", free_on_resume=True
     )
-    vae: str = option(
-        "",
+    vae: FolderPath | None = option(
+        None,
         "AutoencoderKL: a folder, or a Hub name with a sub-folder or none (org/name/vae); unset: that of "
         "model.start_from. The finished pipeline gets it too",
+        free_on_resume="place",
     )
-    cache: str | None = option(
+    cache: FolderPath | None = option(
         None,
         "folder of the latent cache: written by cache_latents, read by train. null: train reads the images, crops and "
         "mirrors them at random and encodes them as it goes, the paper's augmentation",
+        free_on_resume="place",
     )
     image_size: int = option(256, "side in pixels after the crop: of a cache at the centre, else random")
     mirror: bool = option(True, "an image or its mirror is drawn each time, a cache holds both (off for digits)")
@@ -287,7 +292,7 @@ class ValidationConfig:
     """The loss on held-out images, of the raw and of the averaged weights; off unless fraction or cache is set."""
 
     fraction: float = option(0.0, "share of each class's images that is held out of training; the same for a seed")
-    cache: str | None = option(
+    cache: FolderPath | None = option(
         None,
         "or a latent cache of other images: of the same VAE and size, with the same classes in the same order",
         free_on_resume=True,
@@ -322,7 +327,7 @@ class SamplingConfig:
 class TrainConfig:
     """A training run. Everything a run depends on stands here; nothing is implied by the code."""
 
-    output: str = option(
+    output: FolderPath = option(
         "", "folder of the run: checkpoints, previews, metrics, and pipeline/ at the end", free_on_resume=True
     )
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -366,7 +371,7 @@ class TrainConfig:
         "Hub repository, as org/name, that gets the finished pipeline; made private if it does not exist",
         free_on_resume=True,
     )
-    resume: str = option(
+    resume: FolderPath = option(
         "auto",
         "auto: continue from the output folder's latest checkpoint if there is one; latest: the same, but its absence "
         "is an error; never: refuse a folder that has checkpoints; or the path of a checkpoint",
@@ -389,7 +394,7 @@ class TrainConfig:
         wrong = [name for name, is_set in unsplit.items() if is_set and self.sharding != "no"]
         require(not wrong, f"sharding={self.sharding} does not work with {', '.join(wrong)}; unset one of the two")
         require(self.log_every >= 1, f"log_every is {self.log_every}; it must be 1 or more")
-        require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
+        require(0 <= self.seed < 2**63, f"seed is {self.seed}; it must be in 0 .. 2**63 - 1")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -406,9 +411,9 @@ def load_config(arguments: Sequence[str], program: str = "training.train") -> Tr
         raise SystemExit(0 if arguments else 2)
     files, overrides = split_arguments(arguments)
     require(len(files) == 1, f"give exactly one --config FILE, not {len(files)}; --help shows the keys")
-    tree = read_yaml(Path(files[0]))
-    for key, text in overrides:
-        set_key(tree, key, read_value(key, text))
+    tree = read_yaml(Path(files[0]).expanduser())
+    for key, text in overrides.items():
+        set_key(tree, key, text)
     return build(TrainConfig, tree)
 
 

@@ -1,6 +1,9 @@
 """Dataclasses as typed configurations: from YAML and `--key=value` overrides, checked, and explained by `--help`.
 
 A configuration is a tree of dataclasses whose fields are made by `option`. Nothing here knows what is configured.
+
+The type of a field decides how its value is read, in the file and on the command line alike (see `values`): YAML's own
+guesses (`010` is 8, `1:30` is 90, `no` is false) are switched off.
 """
 
 from __future__ import annotations
@@ -8,23 +11,23 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import textwrap
-import types
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
+from .values import ConfigError as ConfigError
+from .values import TextLoader, convert, is_null, read_value, type_name
+from .values import require as require
 
-class ConfigError(ValueError):
-    """A key that does not exist, or a value that cannot be right."""
 
-
-def option(default: Any, help: str, free_on_resume: bool = False) -> Any:
+def option(default: Any, help: str, free_on_resume: bool | Literal["place"] = False) -> Any:
     """A dataclass field with a one-line explanation; lists get a fresh copy per instance.
 
-    `free_on_resume` marks a setting that may change when what was configured goes on (see `settings_that_differ`).
+    `free_on_resume` marks a setting that may change when what was configured goes on (see `settings_that_differ`): as
+    a whole, or as a place, which may be written otherwise but neither set nor unset.
     """
     metadata = {"help": help, "free_on_resume": free_on_resume}
     if isinstance(default, list):
@@ -32,64 +35,64 @@ def option(default: Any, help: str, free_on_resume: bool = False) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """`["--config", "f", "--a.b=1", "--c", "2"]` -> `(["f"], [("a.b", "1"), ("c", "2")])`."""
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """`["--config", "f", "--a.b=1", "--c", "2"]` -> `(["f"], {"a.b": "1", "c": "2"})`."""
     files: list[str] = []
-    overrides: list[tuple[str, str]] = []
+    overrides: dict[str, str] = {}
     remaining = list(arguments)
     while remaining:
         argument = remaining.pop(0)
         require(argument.startswith("--"), f"cannot read {argument!r}: write --config FILE or --key=value")
         key, equals, value = argument[2:].partition("=")
         if not equals:
-            require(bool(remaining), f"--{key} has no value: write --{key}=VALUE")
+            has_value = bool(remaining) and not remaining[0].startswith("--")
+            require(has_value, f"--{key} has no value: write --{key}=VALUE")
             value = remaining.pop(0)
         if key == "config":
             files.append(value)
-        else:
-            overrides.append((key, value))
+            continue
+        twice = f"--{key} is given twice, as {overrides.get(key)!r} and as {value!r}: give it once"
+        require(key not in overrides, twice)
+        overrides[key] = value
     return files, overrides
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a file; unquoted values stay text, for `build` to read as their fields want them.
+
+    Raises:
+        ConfigError: if it is missing, cannot be read, or has a key twice.
+    """
     require(path.is_file(), f"no config file {path}; ready-made ones are in training/configs")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), TextLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as text in UTF-8: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    require(tree is None or isinstance(tree, dict), f"{path} must hold keys and values")
-    return tree or {}
+    require(is_null(tree) or isinstance(tree, dict), f"{path} must hold keys and values")
+    return {} if is_null(tree) else tree
 
 
-def read_value(key: str, text: str) -> Any:
-    """The value of a `--key=value` override."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"{key}: {text!r} is not valid YAML; put text with special characters in quotes") from None
-
-
-def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set the dotted `key` in a tree of dictionaries; the check of names follows in `build`."""
+def set_key(tree: dict[str, Any], key: str, text: str) -> None:
+    """Set the dotted `key` of a tree to the `text` of an override; the check of names and types follows in `build`."""
     *sections, last = key.split(".")
     for section in sections:
-        if tree.get(section) is None:
+        if is_null(tree.get(section)):
             tree[section] = {}
         tree = tree[section]
         require(isinstance(tree, dict), f"{key!r}: {section!r} is a value, not a section")
-    tree[last] = value
+    require(
+        not isinstance(tree.get(last), dict), f"{key!r} is a section: write --{key}.KEY=VALUE for each of its keys"
+    )
+    tree[last] = read_value(key, text)
 
 
 def build(schema: Any, tree: Any, path: str = "") -> Any:
     """Make `schema` from nested dictionaries, checking every name and type."""
     where = f"section {path!r}" if path else "a config"
     require(isinstance(tree, dict), f"{where} must hold keys and values, not {tree!r}")
-    hints = get_type_hints(schema)
+    hints = get_type_hints(schema, include_extras=True)
     names = [item.name for item in dataclasses.fields(schema)]
     values = {}
     for key, value in tree.items():
@@ -97,7 +100,10 @@ def build(schema: Any, tree: Any, path: str = "") -> Any:
         if key not in names:
             raise ConfigError(unknown_key(full, str(key), where, names))
         hint = hints[key]
-        values[key] = build(hint, value or {}, full) if dataclasses.is_dataclass(hint) else convert(value, hint, full)
+        if dataclasses.is_dataclass(hint):
+            values[key] = build(hint, {} if is_null(value) else value, full)
+        else:
+            values[key] = convert(value, hint, full)
     for name in names:  # sections left out are built too, so that their own checks run
         if name not in values and dataclasses.is_dataclass(hints[name]):
             values[name] = build(hints[name], {}, f"{path}.{name}" if path else name)
@@ -105,45 +111,11 @@ def build(schema: Any, tree: Any, path: str = "") -> Any:
 
 
 def unknown_key(full: str, key: str, where: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(key, names, n=1)
+    close = difflib.get_close_matches(key.lower().replace("-", "_"), names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
+    if key.partition(".")[0] in names and "." in key:
+        hint = f"in a file, {key.rpartition('.')[2]} is a line of its own, indented under {key.partition('.')[0]}:. "
     return f"unknown key {full!r}; {hint}{where} takes: {', '.join(names)}"
-
-
-def convert(value: Any, hint: Any, path: str) -> Any:
-    """Check `value` against a type hint; whole numbers and texts such as `1e-4` are accepted as floats."""
-    origin, choices = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in choices:
-            return None
-        return convert(value, next(choice for choice in choices if choice is not type(None)), path)
-    if origin is Literal:
-        if value is False and "no" in choices:  # YAML reads a bare `no` as false
-            value = "no"
-        require(value in choices, f"{path} is {value!r}; valid values: {', '.join(map(str, choices))}")
-        return value
-    if origin is list:
-        require(isinstance(value, list), f"{path} is {value!r}; a list such as [a, b] is expected")
-        return [convert(item, choices[0], f"{path}[{index}]") for index, item in enumerate(value)]
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-4 as text
-        except ValueError:
-            pass
-    good = isinstance(value, hint) and not (hint is not bool and isinstance(value, bool))
-    require(good, f"{path} is {value!r}; expected {type_name(hint)}")
-    return value
-
-
-def type_name(hint: Any) -> str:
-    origin, choices = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join("null" if choice is type(None) else type_name(choice) for choice in choices)
-    if origin is Literal:
-        return " | ".join(map(str, choices))
-    if origin is list:
-        return f"list of {type_name(choices[0])}"
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -160,19 +132,24 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def settings_that_differ(before: Any, now: Any, path: str = "") -> list[str]:
-    """A phrase for each setting that differs between two configurations of one schema and is not `free_on_resume`."""
+    """A phrase for each setting that differs between two configurations of one schema and is not `free_on_resume`.
+
+    What lies at a place is compared by its contents, elsewhere: on another machine it has another path.
+    """
     phrases: list[str] = []
     for item in dataclasses.fields(now):
         old, new, key = getattr(before, item.name), getattr(now, item.name), f"{path}{item.name}"
         if dataclasses.is_dataclass(new):
             phrases += settings_that_differ(old, new, f"{key}.")
-        elif old != new and not item.metadata["free_on_resume"]:
+            continue
+        free = item.metadata["free_on_resume"]
+        if (old is None) != (new is None) if free == "place" else old != new and not free:
             phrases.append(f"{key} was {old!r}, now {new!r}")
     return phrases
 
 
 def section_help(schema: Any, path: str) -> list[str]:
-    hints = get_type_hints(schema)
+    hints = get_type_hints(schema, include_extras=True)
     lines: list[str] = []
     nested: list[str] = []
     for item in dataclasses.fields(schema):
