@@ -17,7 +17,7 @@ CODE := setup.py $(wildcard src training benchmarks docs tests)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-browser test-upstream check format pictures api clean
+.PHONY: help demo test test-portable test-slow test-browser test-upstream check format pictures api clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,15 @@ demo: $(VENV)/.base ## draw several of each digit with the bundled model into di
 
 test: $(VENV)/.test ## run the tests (minutes on two cores)
 	$(PYTEST) -m "not slow and not browser"
+
+# All tests that `make test` runs, as on other processors: once without vector instructions newer than SSE 4.2, once with
+# AVX2, two threads and sums that round by their shapes, in random order. Another kind of processor ignores the limits.
+SHUFFLE ?= $(shell date +%s)
+test-portable: $(VENV)/.test ## run the tests as on other processors, with two threads, in random order
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+		$(PYTEST) -m "not slow and not browser"
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OMP_WAIT_POLICY=passive \
+		$(PYTEST) -m "not slow and not browser" --threads 2 --vary-rounding 8 --shuffle $(SHUFFLE)
 
 test-slow: $(VENV)/.test ## run the long tests
 	$(PYTEST) -m slow

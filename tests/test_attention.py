@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import attention_backend
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from rounding import assert_close
 from tiny import seeded, tiny_encoder, tiny_transformer
 
 from transdiff_pipelines.models.attention import TransDiffAttnProcessor
@@ -65,7 +66,7 @@ def test_backend_of_a_model(model_and_call, monkeypatch):
 
     monkeypatch.setitem(_AttentionBackendRegistry._backends, AttentionBackendName._NATIVE_MATH, spy)
     model.set_attention_backend("_native_math")
-    torch.testing.assert_close(call(model), expected)
+    assert_close(call(model), expected)
     assert len(used) == len(model.attn_processors)
     # (B, S, H, E), as every backend wants it
     assert all(shape[0] == 2 and tuple(shape[2:]) == (2, 8) for shape in used)
@@ -75,7 +76,7 @@ def test_backend_of_a_context(model_and_call):
     model, call = model_and_call
     expected = call(model)
     with attention_backend("_native_math"):
-        torch.testing.assert_close(call(model), expected)
+        assert_close(call(model), expected)
 
 
 def test_unknown_backend(model_and_call):

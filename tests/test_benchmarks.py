@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from tiny import seeded, tiny_pipeline
 
 from benchmarks import few_steps, growth, precision, sampling, training
-from benchmarks.common import peers
+from benchmarks.common import machine, peers
 from benchmarks.common.known_flows import (
     MEAN,
     STD,
@@ -20,7 +21,7 @@ from benchmarks.common.known_flows import (
     model_calls,
     wasserstein_1,
 )
-from benchmarks.common.machine import CallClock, PeakMemory
+from benchmarks.common.machine import CallClock, PeakMemory, matrix_product_rate
 from benchmarks.common.operations import Operations, count_flops, limit_arithmetic
 from benchmarks.common.peers import OurPipeline, Setting, recorded_step_noise
 from benchmarks.common.reference import constructor_arguments, import_released
@@ -55,6 +56,13 @@ class TestMachine:
         assert clock.time(lambda: [network(torch.zeros(8)) for _ in range(6)][-1].sum()) == 0
         assert (clock.step, clock.total, clock.outside) == (9, 188, 188 - 6 * 9)
         assert not network._forward_pre_hooks
+
+    @pytest.mark.parametrize(("seconds", "side"), [(0.02, 512), (0.3, 128)])
+    def test_the_timed_product_grows_until_it_takes_long_enough(self, monkeypatch, seconds, side):
+        clock = iter(range(100))
+        monkeypatch.setattr(machine, "LARGEST_SIDE", {"cpu": 512})
+        monkeypatch.setattr("time.perf_counter", lambda: seconds * next(clock))
+        assert matrix_product_rate(CPU, torch.float32, repeats=2) == pytest.approx(2 * side**3 / seconds)
 
     def test_peak_memory_sees_what_is_freed_again(self):
         kept = torch.ones(1000)
@@ -239,6 +247,7 @@ def tiny_models(monkeypatch):
     for module in (sampling, growth, training):
         monkeypatch.setattr(module, "published_model", models.__getitem__)
     monkeypatch.setattr(peers, "vae_of_published_size", lambda: tiny_vae_of_16_channels())
+    monkeypatch.setattr(machine, "LARGEST_SIDE", {"cpu": 64})
     return models
 
 
@@ -359,6 +368,7 @@ class TestCommands:
             few_steps, "load_pixels", lambda *_: (16 * np.random.default_rng(0).random((80, 64)), None)
         )
         monkeypatch.setattr(few_steps.TransDiffPipeline, "from_pretrained", lambda *_: tiny_pipeline(1))
+        monkeypatch.setattr(few_steps, "ratio_with_interval", partial(few_steps.ratio_with_interval, replicates=10))
         command = [
             "--parts",
             "digits",

@@ -11,6 +11,7 @@ from diffusers import (
     TaylorSeerCacheConfig,
 )
 from diffusers.hooks import apply_faster_cache, apply_layer_skip
+from rounding import assert_close
 from tiny import randomize, seeded, tiny_pipeline
 from torch import nn
 
@@ -126,7 +127,7 @@ class TestApproximation:
         # The exact caching of the condition's projections rests while a cache is on: compare with the tokens' path.
         pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=-1.0))
         work.take()
-        torch.testing.assert_close(run(pipe), exact)
+        assert_close(run(pipe), exact)
         full = work.take()
         pipe.transformer.disable_cache()
 

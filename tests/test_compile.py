@@ -5,6 +5,7 @@ Compiled with backend "eager": tracing, guards and recompilation are torch.compi
 
 import pytest
 import torch
+from rounding import assert_close
 from tiny import seeded, tiny_encoder, tiny_pipeline, tiny_transformer
 from torch._dynamo.utils import counters
 
@@ -44,7 +45,7 @@ class TestModels:
         with torch.no_grad():
             expected = model(**inputs(), return_dict=False)[0]
             model.compile_repeated_blocks(fullgraph=True, backend="eager")
-            torch.testing.assert_close(model(**inputs(), return_dict=False)[0], expected)
+            assert_close(model(**inputs(), return_dict=False)[0], expected)
         assert len(model.transformer_blocks) > 1
         assert num_graphs() == 1
 
@@ -53,7 +54,7 @@ class TestModels:
         with torch.no_grad():
             expected = model(**inputs(), return_dict=False)[0]
             model.compile(fullgraph=True, backend="eager")
-            torch.testing.assert_close(model(**inputs(), return_dict=False)[0], expected)
+            assert_close(model(**inputs(), return_dict=False)[0], expected)
         assert num_graphs() == 1
 
 
@@ -81,10 +82,10 @@ class TestPipeline:
     def test_multi_reference_autoregression(self):
         """The encoder is compiled for a first image and for a later one, the decoder for M tokens and for any."""
         pipe, expected = self.compiled(patch_size=2)
-        torch.testing.assert_close(self.run(pipe), expected)
+        assert_close(self.run(pipe), expected)
         assert num_graphs() <= 2 + 2
         with torch._dynamo.config.patch(error_on_recompile=True):
-            torch.testing.assert_close(self.run(pipe), expected)
+            assert_close(self.run(pipe), expected)
             self.run(pipe, guidance_scale=1.9)
             self.run(pipe, guidance_scale=[1.2, 1.4, 1.6, 1.8])
             self.run(pipe, steps=5)
@@ -97,4 +98,4 @@ class TestPipeline:
         expected = self.run(pipe)
         for model in (pipe.condition_encoder, pipe.transformer):
             model.compile_repeated_blocks(fullgraph=True)
-        torch.testing.assert_close(self.run(pipe), expected, atol=1e-4, rtol=1e-4)
+        assert_close(self.run(pipe), expected)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rounding import assert_close
 from tiny import CHANNELS, NUM_CLASSES, SIDE, seeded, tiny_pipeline
 
 from transdiff_pipelines import ARConditionEncoder, blend_conditions
@@ -57,7 +58,7 @@ class TestGivenConditions:
         expected = latents_of(one_step, ["zebra", 1], guidance_scale=guidance)
         condition = one_step.encode_condition(["zebra", 1])
         actual = latents_of(one_step, condition_embeds=condition, guidance_scale=guidance)
-        torch.testing.assert_close(actual, expected)
+        assert_close(actual, expected)
 
     @pytest.mark.parametrize("repeats", [1, 2])
     def test_a_function_makes_the_condition_of_each_image(self, mrar, repeats):
@@ -72,7 +73,7 @@ class TestGivenConditions:
             )
 
         actual = latents_of(mrar, condition_embeds=condition, num_images_per_label=repeats)
-        torch.testing.assert_close(actual, expected)
+        assert_close(actual, expected)
         assert seen == [None] + [(2 * repeats, n, CHANNELS, SIDE, SIDE) for n in (1, 2, 3)]
 
     def test_a_finished_condition_is_one_decode(self, mrar):
@@ -88,7 +89,7 @@ class TestGivenConditions:
             negative_condition_embeds=mrar.encode_condition(torch.tensor([NUM_CLASSES]), references),
             **deterministic,
         )
-        torch.testing.assert_close(actual, expected)
+        assert_close(actual, expected)
 
     def test_fewer_tokens(self, one_step, monkeypatch):
         lengths = []
@@ -99,7 +100,7 @@ class TestGivenConditions:
         condition = one_step.encode_condition(2)
         images = [latents_of(one_step, condition_embeds=condition[:, :k]) for k in (1, 5, 16)]
         assert lengths == [(2, 1, WIDTH), (2, 5, WIDTH), (2, 16, WIDTH)]
-        torch.testing.assert_close(images[2], latents_of(one_step, 2))
+        assert_close(images[2], latents_of(one_step, 2))
         assert not torch.allclose(images[0], images[2])
 
     def test_the_negative_condition_is_the_other_branch(self, one_step):
@@ -109,7 +110,7 @@ class TestGivenConditions:
         guided = latents_of(
             one_step, condition_embeds=condition, negative_condition_embeds=condition, guidance_scale=3.0
         )
-        torch.testing.assert_close(guided, plain, rtol=1e-4, atol=1e-4)
+        assert_close(guided, plain)
 
     @pytest.mark.parametrize(
         ("kwargs", "error", "message"),
@@ -179,7 +180,7 @@ class TestBlending:
 
     def test_interpolation(self, one_step):
         first, second = (one_step.encode_condition(label) for label in (0, 4))
-        torch.testing.assert_close(blend_conditions([first, second], [0.25, 0.75]), 0.25 * first + 0.75 * second)
+        assert_close(blend_conditions([first, second], [0.25, 0.75]), 0.25 * first + 0.75 * second)
 
     def test_a_class_blended_with_itself_is_the_class(self, mrar):
         """Of every prefix along the sequence."""
@@ -187,7 +188,7 @@ class TestBlending:
         def fused(references):
             return blend_conditions([mrar.encode_condition(2, references)] * 2, "interleaved")
 
-        torch.testing.assert_close(latents_of(mrar, condition_embeds=fused), latents_of(mrar, 2))
+        assert_close(latents_of(mrar, condition_embeds=fused), latents_of(mrar, 2))
 
     @pytest.mark.parametrize(
         ("conditions", "weights", "message"),
@@ -223,7 +224,7 @@ class TestReferenceImages:
             ).intermediates
             assert len(rest) == 4 - count
             for actual, expected in zip(rest, full[count:], strict=True):
-                torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+                assert_close(actual, expected)
 
     def test_every_form_of_an_image(self, mrar, tmp_path):
         (picture,) = pictures(1)
@@ -235,25 +236,23 @@ class TestReferenceImages:
         forms = [picture, str(path), path, array, tensor, encoded]
         results = [latents_of(mrar, 1, reference_images=[form]) for form in forms]
         for result in results:
-            torch.testing.assert_close(result, results[0])
+            assert_close(result, results[0])
         assert not torch.allclose(results[0], latents_of(mrar, 1))
 
     def test_pictures_of_other_sizes_are_cropped_to_the_centre(self, mrar):
         (picture,) = pictures(1)
         wide = Image.new("RGB", (3 * PIXELS, PIXELS))
         wide.paste(picture, (PIXELS, 0))
-        torch.testing.assert_close(
-            latents_of(mrar, 1, reference_images=[wide]), latents_of(mrar, 1, reference_images=[picture])
-        )
+        assert_close(latents_of(mrar, 1, reference_images=[wide]), latents_of(mrar, 1, reference_images=[picture]))
 
     def test_a_list_for_each_label(self, mrar):
         first, second = pictures(2), pictures(2, seed=1)
         generators = {"generator": [seeded(5), seeded(6)]}
         both = latents_of(mrar, [0, 4], reference_images=[first, second], **generators)
         alone = latents_of(mrar, 4, reference_images=second, generator=seeded(6))
-        torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-4)
+        assert_close(both[1:], alone)
         repeated = latents_of(mrar, 4, reference_images=second, num_images_per_label=2, generator=[seeded(6)] * 2)
-        torch.testing.assert_close(repeated.shape, both.shape)
+        assert repeated.shape == both.shape
 
     @pytest.mark.parametrize(
         ("labels", "references", "error", "message"),

@@ -11,6 +11,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from PIL import Image
+from rounding import assert_close
 from tiny import CHANNELS, SIDE, seeded, tiny_pipeline
 
 from transdiff_pipelines import (
@@ -26,7 +27,6 @@ from transdiff_pipelines.pipelines.editing import edit_steps, jump_back, resampl
 
 STEPS = 4
 PIXELS = 8
-ROUNDING = {"rtol": 1e-4, "atol": 1e-4}
 SCHEDULERS = [
     FlowMatchEulerMaruyamaScheduler,
     FlowMatchSDEMultistepScheduler,
@@ -99,7 +99,7 @@ class TestKnownRegion:
         pipe, image = inpaint(1), pictures(2)
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
         latents, known = painted(pipe, image, upper_half(), [0, 3]), through_vae(pipe, image)
-        torch.testing.assert_close(latents[..., 2:, :], known[..., 2:, :])
+        assert_close(latents[..., 2:, :], known[..., 2:, :])
         assert latents.isfinite().all()
         assert not torch.allclose(latents[..., :2, :], known[..., :2, :], atol=0.1)
         assert torch.equal(latents, painted(pipe, image, upper_half(), [0, 3]))
@@ -116,7 +116,7 @@ class TestKnownRegion:
         clean = through_vae(pipe, image)
         for latents, sigma in zip(seen, sigmas, strict=True):
             expected = (1 - sigma) * clean + sigma * noise
-            torch.testing.assert_close(latents[..., 2:, :], expected[..., 2:, :])
+            assert_close(latents[..., 2:, :], expected[..., 2:, :])
 
     def test_the_unknown_part_sees_the_known_one(self, one_step):
         first, second = (painted(one_step, pictures(seed=seed), upper_half()) for seed in (1, 2))
@@ -150,7 +150,7 @@ class TestMasks:
         nothing, image = torch.zeros(PIXELS, PIXELS), pictures()
         assert torch.equal(painted(mrar, image, nothing, strength=strength, output_type="pt"), image)
         latents = painted(mrar, image, nothing, strength=strength)
-        torch.testing.assert_close(latents, through_vae(mrar, image))
+        assert_close(latents, through_vae(mrar, image))
 
     def test_every_form_of_a_mask(self, one_step):
         mask, image = upper_half(), pictures()
@@ -172,7 +172,7 @@ class TestMasks:
     def test_a_latent_with_one_unknown_pixel_is_repainted(self, one_step):
         mask, image = torch.zeros(PIXELS, PIXELS), pictures()
         mask[3, 6] = 1
-        changed = (painted(one_step, image, mask) - through_vae(one_step, image)).abs().amax(1)[0] > 1e-5
+        changed = (painted(one_step, image, mask) - through_vae(one_step, image)).abs().amax(1)[0] > 1e-3
         assert changed.nonzero().tolist() == [[1, 3]]
 
     def test_blurred_masks_blend(self, one_step):
@@ -184,7 +184,7 @@ class TestMasks:
         assert torch.equal(hard_latents, soft_latents)
         decoded = one_step.decode_latents(soft_latents, "pt")
         shown = painted(one_step, image, soft, output_type="pt")
-        torch.testing.assert_close(shown, (weight * decoded + (1 - weight) * image).float())
+        assert_close(shown, (weight * decoded + (1 - weight) * image).float())
         assert torch.equal(shown[..., weight == 0], image[..., weight == 0])
 
 
@@ -196,15 +196,15 @@ class TestBatches:
         batch = painted(mrar, images, masks, labels, generator=[seeded(seed) for seed in seeds], **options)
         for i, (label, seed) in enumerate(zip(labels, seeds, strict=True)):
             alone = painted(mrar, images[i], masks[i], label, generator=[seeded(seed)], **options)
-            torch.testing.assert_close(alone, batch[i : i + 1], **ROUNDING)
+            assert_close(alone, batch[i : i + 1])
 
     def test_one_mask_for_all_images_and_one_image_for_all_masks(self, one_step):
         mask = upper_half()
         both = torch.stack([mask, mask.T])
         repeated = painted(one_step, pictures(2), mask.expand(2, -1, -1))
-        torch.testing.assert_close(painted(one_step, pictures(2), mask), repeated, **ROUNDING)
+        assert_close(painted(one_step, pictures(2), mask), repeated)
         repeated = painted(one_step, pictures().repeat(2, 1, 1, 1), both)
-        torch.testing.assert_close(painted(one_step, pictures(), both), repeated, **ROUNDING)
+        assert_close(painted(one_step, pictures(), both), repeated)
 
     def test_num_images_per_label(self, one_step):
         masks = torch.stack([upper_half(), upper_half().T])

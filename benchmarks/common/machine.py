@@ -18,6 +18,11 @@ from training.outputs.metrics import moment, seconds_between
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+SMALLEST_SIDE = 128
+LARGEST_SIDE = {"cpu": 2048, "cuda": 8192}
+"""Sides of the square matrices whose product is timed; a device of another type takes the CPU's."""
+ENOUGH_SECONDS = 0.1
+
 
 def describe(device: torch.device) -> dict[str, Any]:
     """What a reader must know to compare numbers: processor, threads, versions, date."""
@@ -49,8 +54,19 @@ def synchronize(device: torch.device) -> None:
 
 
 def matrix_product_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """The best rate of a large square matrix product, FLOP/s (two a multiply-add): the practical ceiling."""
-    side = 8192 if device.type == "cuda" else 2048
+    """The best rate of a large square matrix product, FLOP/s (two a multiply-add): the practical ceiling.
+
+    The side doubles up to `LARGEST_SIDE`, or until a product takes `ENOUGH_SECONDS`: half precision on a processor
+    without instructions for it is fifty times slower than float32, and would take minutes at the largest side.
+    """
+    side, largest = SMALLEST_SIDE, LARGEST_SIDE.get(device.type, LARGEST_SIDE["cpu"])
+    while side < largest and _product_seconds(side, device, dtype, 1) < ENOUGH_SECONDS:
+        side *= 2
+    return 2 * side**3 / _product_seconds(side, device, dtype, repeats)
+
+
+def _product_seconds(side: int, device: torch.device, dtype: torch.dtype, repeats: int) -> float:
+    """The least time of `repeats` products of two square matrices, after one that is not timed."""
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     left @ right
     seconds = []
@@ -60,7 +76,7 @@ def matrix_product_rate(device: torch.device, dtype: torch.dtype, repeats: int =
         left @ right
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / min(seconds)
+    return min(seconds)
 
 
 class CallClock:

@@ -115,7 +115,7 @@ def test_frechet_distance_laws(pixels: tuple[np.ndarray, np.ndarray]) -> None:
     spread = features.mean(axis=0) + 2 * (features - features.mean(axis=0))
     assert quality.frechet_distance(spread, features) == pytest.approx(features.var(axis=0, ddof=1).sum(), rel=1e-3)
     half, other = features[::2], features[1::2]
-    assert quality.frechet_distance(half, other) == pytest.approx(quality.frechet_distance(other, half), rel=1e-6)
+    assert quality.frechet_distance(half, other) == pytest.approx(quality.frechet_distance(other, half), rel=1e-4)
 
 
 def test_nearest_neighbour_distance_laws(pixels: tuple[np.ndarray, np.ndarray]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rounding import assert_close
 from scipy.linalg import sqrtm
 from tiny import tiny_pipeline
 
@@ -116,7 +117,7 @@ class TestMetrics:
         features = normal(100, 5, 0).double() + 1e6
         statistics = statistics_of(features)
         np.testing.assert_allclose(statistics.mean, features.numpy().mean(0), rtol=1e-12)
-        np.testing.assert_allclose(statistics.covariance, np.cov(features.numpy(), rowvar=False), rtol=1e-9)
+        np.testing.assert_allclose(statistics.covariance, np.cov(features.numpy(), rowvar=False), rtol=0, atol=1e-8)
         assert statistics.count == 100
 
     def test_frechet_distance_agrees_with_the_root_of_the_product(self):
@@ -284,7 +285,7 @@ class TestReferences:
         reference = load_reference(str(tmp_path / "adm.npz"), small_extractor(None, CPU), "small", 8, tmp_path)
         assert reference.statistics.mean.tolist() == [0] * 6
         assert reference.spatial.mean.tolist() == [1] * 3
-        assert torch.equal(reference.features, small_extractor(None, CPU)(pictures).pool)
+        assert_close(reference.features, small_extractor(None, CPU)(pictures).pool)  # there in batches
 
     @pytest.mark.parametrize(
         ("make", "message"),

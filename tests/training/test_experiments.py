@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rounding import assert_close
 from scipy.stats import rankdata
 from tiny import seeded, tiny_encoder, tiny_pipeline
 
@@ -64,15 +65,15 @@ class TestDiversity:
 
     def test_equal_tokens_are_the_least(self):
         tokens = torch.ones(1, 5, 3) * torch.arange(1.0, 6)[None, :, None]
-        assert [value.item() for value in diversity.token_similarity(tokens)] == pytest.approx([1, 1])
+        assert [value.item() for value in diversity.token_similarity(tokens)] == pytest.approx([1, 1], rel=1e-5)
 
     def test_by_hand(self):
         """Three tokens at 0, 60 and 180 degrees: cosines 1/2, -1, -1/2."""
         angles = torch.tensor([0.0, math.pi / 3, math.pi])
         tokens = torch.stack([angles.cos(), angles.sin()], dim=-1)[None]
         root_mean_square, mean = (value.item() for value in diversity.token_similarity(tokens))
-        assert root_mean_square == pytest.approx(math.sqrt((0.25 + 1 + 0.25) / 3))
-        assert mean == pytest.approx(-1 / 3)
+        assert root_mean_square == pytest.approx(math.sqrt((0.25 + 1 + 0.25) / 3), rel=1e-5)
+        assert mean == pytest.approx(-1 / 3, rel=1e-5)
 
     def test_a_single_token_has_no_similarity(self):
         with pytest.raises(ValueError, match="there is 1"):
@@ -83,7 +84,7 @@ class TestDiversity:
         references = torch.randn(2, 3, 4, 4, 4, generator=seeded())
         features = diversity.condition_features(pipe, np.array([1, 3]), references)
         expected = pipe.encode_condition([1, 3], references) - pipe.condition_encoder.condition_position_embedding
-        torch.testing.assert_close(features, expected)
+        assert_close(features, expected)
 
     def test_command(self, run, models):
         result = run(diversity, "diversity", None, "--models", f"a={models / 'one_step'}", f"b={models / 'mrar'}")

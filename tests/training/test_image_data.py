@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from rounding import CURVE, assert_close
 from test_sharding import run_split
 from test_train import final_tensors, losses, train
 
@@ -119,7 +120,7 @@ def test_encoded_pixels_are_the_latents_of_a_cache(data: DataConfig, folder: Pat
     vae = load_vae(data.vae)
     for chunk in (1, 3, 99):
         encoded = PixelEncoder(vae, chunk, autocast=False)(batch)
-        torch.testing.assert_close(encoded["latents"], expected, rtol=1e-4, atol=1e-5)
+        assert_close(encoded["latents"], expected)
     assert encoded.keys() == {"latents", "labels", "timesteps", "noise"}
     assert PixelEncoder(vae, 2, autocast=False)(encoded) is encoded
 
@@ -236,11 +237,11 @@ def test_two_processes_give_the_curve_of_one_with_held_out_images(make_image_con
     one, two = make_image_config("one", **options), make_image_config("two", **options, **{"data.batch_size": 2})
     train(one)
     run_split(two)
-    assert losses(two.output) == pytest.approx(losses(one.output), rel=1e-4)
+    assert losses(two.output) == pytest.approx(losses(one.output), rel=CURVE)
     validations = [
         json.loads((Path(config.output) / "validation.jsonl").read_text().splitlines()[-1]) for config in (one, two)
     ]
-    assert validations[0] == pytest.approx(validations[1], rel=1e-4)
+    assert validations[0] == pytest.approx(validations[1], rel=CURVE)
     assert (Path(two.output) / "unreadable.txt").read_text().startswith("2/3.png: ")
 
 

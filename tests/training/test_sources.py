@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from rounding import assert_close
 
 from training.cache_latents import ShardWriter, cache_latents, report
 from training.data.latent_cache import CacheError, LatentCache
@@ -92,7 +93,7 @@ def check(cache: LatentCache, expected: dict[int, torch.Tensor], classes: list[s
     for row in range(len(cache)):
         mean = cache.moments(row, 0)[0]
         index = min(wanted, key=lambda index: (expected[index] - mean).abs().max().item())
-        torch.testing.assert_close(mean, expected[index], atol=1e-5, rtol=1e-5)
+        assert_close(mean, expected[index])
         assert cache.classes[cache.labels[row]] == NAMES[LABELS[index]]
         found.append(index)
     assert sorted(found) == wanted
