@@ -39,6 +39,7 @@ from training.evaluation.search import SEARCHED, parse_axis, plot_search
 from transdiff_cli.common import parse_scales, reader_may_leave
 from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.generation import model_source
+from transdiff_pipelines.half_precision import half_precision_note
 from transdiff_pipelines.loaders.original_checkpoint import match_published
 
 
@@ -273,6 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         pipe = load_pipeline(options, state.device)
         measures = load_measures(pipe, options, state.device) if state.is_main_process else Measures()
+        if state.is_main_process and (note := half_precision_note(getattr(torch, options.dtype), state.device)):
+            print(f"note: {note}: --dtype float32", file=sys.stderr)
         if options.search:
             search(pipe, options, measures)
             return
