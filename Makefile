@@ -32,7 +32,7 @@ test-slow: $(VENV)/.test ## run the long tests
 	$(PYTEST) -m slow
 
 test-quantization: $(VENV)/.quantization ## run the tests that concern torchao, which is not in the environment
-	PYTHONPATH=$(VENV)/quantization $(PYTEST) tests/test_quantization.py tests/test_quiet.py tests/test_readme.py
+	PYTHONPATH=$(abspath $(VENV)/quantization) $(PYTEST) tests/test_quantization.py tests/test_quiet.py tests/test_readme.py
 
 test-browser: $(VENV)/.browser ## drive the web demo in headless Chromium
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
@@ -42,7 +42,7 @@ test-browser: $(VENV)/.browser ## drive the web demo in headless Chromium
 test-upstream: $(VENV)/.quantization ## run diffusers' own test mixins on these classes: DIFFUSERS=path of a checkout of it
 	@test -n "$(DIFFUSERS)" || { echo "Name a checkout of diffusers: make test-upstream DIFFUSERS=path"; exit 2; }
 	$(INSTALL) requests-mock parameterized
-	DIFFUSERS=$(abspath $(DIFFUSERS)) PYTHONPATH=$(VENV)/quantization $(PYTEST) -p no:warnings --timeout 900 tests/upstream
+	DIFFUSERS=$(abspath $(DIFFUSERS)) PYTHONPATH=$(abspath $(VENV)/quantization) $(PYTEST) -p no:warnings --timeout 900 tests/upstream
 
 check: $(VENV)/.dev ## lint, formatting, types
 	$(BIN)/ruff check $(CODE)

@@ -273,9 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state = process_state()
     try:
         pipe = load_pipeline(options, state.device)
-        measures = load_measures(pipe, options, state.device) if state.is_main_process else Measures()
         if state.is_main_process and (note := half_precision_note(getattr(torch, options.dtype), state.device)):
             print(f"note: {note}: --dtype float32", file=sys.stderr)
+        measures = load_measures(pipe, options, state.device) if state.is_main_process else Measures()
         if options.search:
             search(pipe, options, measures)
             return
