@@ -17,7 +17,7 @@ CODE := setup.py $(wildcard src training benchmarks docs tests)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-portable test-slow test-browser test-upstream check format pictures api clean
+.PHONY: help demo test test-portable test-slow test-quantization test-browser test-upstream check format pictures api clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -40,15 +40,18 @@ test-portable: $(VENV)/.test ## run the tests as on other processors, with two t
 test-slow: $(VENV)/.test ## run the long tests
 	$(PYTEST) -m slow
 
+test-quantization: $(VENV)/.quantization ## run the tests that concern torchao, which is not in the environment
+	PYTHONPATH=$(abspath $(VENV)/quantization) $(PYTEST) tests/test_quantization.py tests/test_quiet.py tests/test_readme.py
+
 test-browser: $(VENV)/.browser ## drive the web demo in headless Chromium
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
 	echo "Chromium and its driver are needed: apt-get install --no-install-recommends chromium chromium-driver"; exit 2; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/browser
 
-test-upstream: $(VENV)/.test ## run diffusers' own test mixins on these classes: DIFFUSERS=path of a checkout of it
+test-upstream: $(VENV)/.quantization ## run diffusers' own test mixins on these classes: DIFFUSERS=path of a checkout of it
 	@test -n "$(DIFFUSERS)" || { echo "Name a checkout of diffusers: make test-upstream DIFFUSERS=path"; exit 2; }
 	$(INSTALL) requests-mock parameterized
-	DIFFUSERS=$(abspath $(DIFFUSERS)) $(PYTEST) -p no:warnings --timeout 900 tests/upstream
+	DIFFUSERS=$(abspath $(DIFFUSERS)) PYTHONPATH=$(abspath $(VENV)/quantization) $(PYTEST) -p no:warnings --timeout 900 tests/upstream
 
 check: $(VENV)/.dev ## lint, formatting, types
 	$(BIN)/ruff check $(CODE)
@@ -88,6 +91,12 @@ $(VENV)/.base: setup.py constraints.txt | $(BIN)/python
 
 $(VENV)/.test: $(VENV)/.base
 	$(INSTALL) -e ".[train,test]"
+	@touch $@
+
+# torchao in a folder beside the packages of the environment: diffusers imports it wherever it is installed, and on
+# import it complains of its CUDA kernels.
+$(VENV)/.quantization: $(VENV)/.test
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/quantization torchao
 	@touch $@
 
 $(VENV)/.browser: $(VENV)/.test

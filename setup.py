@@ -38,12 +38,13 @@ EXTRAS = {
     # TorchScript Inception or an extractor of your own (training/evaluation/features.py).
     "eval": ["torch-fidelity>=0.4", "torchvision"],
     "deepspeed": ["deepspeed>=0.19,<0.20"],  # for sharding=zero2
+    # Not in the test extra: diffusers imports it wherever it is installed, and its import has something to say.
+    "quantization": ["torchao>=0.18,<1"],
     "demo": ["gradio>=6.31,<7"],
     "test": [
         "pytest>=9",
         "pytest-timeout>=2.4",
         "pytest-xdist>=3.8",
-        "torchao>=0.18,<1",
         "gradio>=6.31,<7",
         'deepspeed>=0.19,<0.20; sys_platform == "linux"',
     ],

@@ -8,7 +8,7 @@ from tiny import seeded, tiny_pipeline
 from transdiff_pipelines import TransDiffPipeline
 
 
-quantization = pytest.importorskip("torchao.quantization")
+quantization = pytest.importorskip("torchao.quantization", reason="torchao is missing: make test-quantization")
 
 
 def run(pipe):

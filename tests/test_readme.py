@@ -20,7 +20,7 @@ def links(page):
 @pytest.mark.parametrize("page", ["README.md", "docs/diffusers.md", "docs/tour.md"])
 def test_python_blocks_run(page, tmp_path):
     if "torchao" in "".join(python_blocks(ROOT / page)) and find_spec("torchao") is None:
-        pytest.skip("torchao is not installed")
+        pytest.skip("torchao is missing: make test-quantization")
     run_page(ROOT / page, tmp_path)
     assert any(tmp_path.iterdir())
     drawn = {Path(link).name for link in links(ROOT / page) if link.startswith("images/tour/")}

@@ -6,3 +6,6 @@ without running it. They stand on folders that import downwards only: `outputs` 
 that `data`, that `settings`. `evaluation` measures a finished model, `digits` makes and judges the bundled one, and
 `experiments` are the studies of docs/experiments.md.
 """
+
+# Before any module of this package imports diffusers, whose import writes what `upstream_messages` leaves out.
+import transdiff_pipelines as transdiff_pipelines

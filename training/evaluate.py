@@ -39,6 +39,7 @@ from transdiff_cli.common import parse_scales, reader_may_leave
 from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.files import new_file
 from transdiff_pipelines.generation import model_source
+from transdiff_pipelines.half_precision import half_precision_note
 from transdiff_pipelines.loaders.original_checkpoint import match_published
 
 
@@ -272,6 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state = process_state()
     try:
         pipe = load_pipeline(options, state.device)
+        if state.is_main_process and (note := half_precision_note(getattr(torch, options.dtype), state.device)):
+            print(f"note: {note}: --dtype float32", file=sys.stderr)
         measures = load_measures(pipe, options, state.device) if state.is_main_process else Measures()
         if options.search:
             search(pipe, options, measures)

@@ -50,6 +50,7 @@ from training.outputs.reports import Reports
 from training.outputs.trackers import check_trackers
 from training.outputs.validation import Validation
 from training.settings.config import ConfigError, PreviewConfig, TrainConfig, accumulation_steps, to_dict
+from transdiff_pipelines.half_precision import half_precision_note
 
 
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.bin"
@@ -162,11 +163,10 @@ class Trainer:
                     f"warning: data.vae {self.config.data.vae} is not the VAE of {start}, whose weights know the "
                     "latents of that one. Unset data.vae to take it, and make the cache anew"
                 )
-        if self.accelerator.device.type == "cpu" and self.config.mixed_precision != "no":
-            yield (
-                f"warning: {self.config.mixed_precision} on a CPU without instructions for it is many times slower "
-                "than float32: --mixed_precision=no"
-            )
+        if self.config.mixed_precision != "no":
+            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.config.mixed_precision]
+            if note := half_precision_note(dtype, self.accelerator.device):
+                yield f"warning: {note}: --mixed_precision=no"
 
     def _describe_data(self) -> str:
         return (

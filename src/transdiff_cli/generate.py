@@ -196,9 +196,12 @@ def _load(settings: "GenerationSettings", device: str | None, compile_blocks: bo
     from diffusers.utils import logging as diffusers_logging
 
     from transdiff_pipelines.generation import load_pipeline
+    from transdiff_pipelines.half_precision import half_precision_note
 
     diffusers_logging.disable_progress_bar()  # the bar of loading; that of drawing is the pipeline's own
     pipe = load_pipeline(settings.model, settings.dtype, device)
+    if note := half_precision_note(pipe.dtype, pipe.device):
+        typer.echo(f"note: {note}: --dtype float32", err=True)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     if compile_blocks:
         pipe.condition_encoder.compile_repeated_blocks()

@@ -6,6 +6,10 @@ Importing this package registers its classes with diffusers, so that `DiffusionP
 
 from pathlib import Path
 
+from . import upstream_messages as upstream_messages  # before diffusers, whose import already writes some of them
+
+
+# isort: split
 # The base classes are exported for diffusers' loader, which looks for them here (see registration.py).
 from diffusers import ModelMixin, SchedulerMixin
 

@@ -43,6 +43,7 @@ from training.evaluation.sampling import (
     write_npz,
 )
 from training.evaluation.search import parse_axis
+from transdiff_pipelines import half_precision
 
 
 CPU = torch.device("cpu")
@@ -487,6 +488,12 @@ class TestCommand:
         command.main(arguments(model, tmp_path / "out", tmp_path))
         assert "no feature extractor was chosen" in capsys.readouterr().out
         assert len(files_of(tmp_path / "out")) == 10
+
+    @pytest.mark.parametrize(("ratio", "times"), [(30.0, 1), (1.0, 0)])
+    def test_slow_half_precision_is_told_of_once(self, model, tmp_path, capsys, monkeypatch, ratio, times):
+        monkeypatch.setattr(half_precision, "slowdown", lambda dtype: ratio)
+        command.main(arguments(model, tmp_path / "out", tmp_path, "--dtype", "bfloat16"))
+        assert capsys.readouterr().err.count("note: bfloat16 is slow on this processor") == times
 
     @pytest.mark.parametrize(
         ("more", "message"),

@@ -26,7 +26,7 @@ from training.model.schedule import LearningRate
 from training.outputs.checkpoints import CheckpointError, checkpoint_folders, find_checkpoints
 from training.settings.config import ConfigError, ScheduleConfig, TrainConfig, to_dict
 from training.trainer import Trainer
-from transdiff_pipelines import TransDiffPipeline
+from transdiff_pipelines import TransDiffPipeline, half_precision
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -169,12 +169,14 @@ def test_accumulated_batches_give_the_curve_of_one_large_batch(make_config) -> N
     assert losses(small.output) == pytest.approx(losses(make_config("large").output), rel=CURVE)
 
 
-def test_bf16_keeps_weights_in_float32_and_stays_near_float32(make_config) -> None:
+def test_bf16_keeps_weights_in_float32_and_stays_near_float32(make_config, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(half_precision, "slowdown", lambda dtype: 30.0)
     options = {"model.dropout": 0.0, "checkpoints.every": 100}
     train(make_config("full", **options))
     AcceleratorState._reset_state()  # one precision per process otherwise
     half = make_config("half", **options, mixed_precision="bf16")
     trainer = train(half)
+    assert capsys.readouterr().out.count("warning: bfloat16 is slow on this processor") == 1
     assert {value.dtype for value in trainer.module.parameters()} == {torch.float32}
     assert losses(half.output) == pytest.approx(losses(make_config("full").output), rel=0.05)
     assert losses(half.output) != losses(make_config("full").output)
