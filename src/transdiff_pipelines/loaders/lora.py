@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import logging
 from torch import nn
+
+from ..diffusers_internals import diffusers_internal
 
 
 logger = logging.get_logger(__name__)
@@ -61,7 +63,8 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
         if unknown:
             raise TypeError(f"unknown options {unknown}; a LoRA file is found with {sorted(_FILE_OPTIONS)}")
         options = {**_FILE_OPTIONS, **kwargs}
-        state_dict, metadata = _fetch_state_dict(
+        fetch_state_dict = diffusers_internal("loaders.lora_base", "_fetch_state_dict")
+        state_dict, metadata = fetch_state_dict(
             pretrained_model_name_or_path_or_dict,
             user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
             # A folder without safetensors may hold a .bin file, which diffusers reads as weights only.
