@@ -15,9 +15,16 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 CODE := setup.py $(wildcard src training benchmarks docs tests)
 
+# The tests that reach into Hugging Face's libraries. Those left out are about torch, this package's own arithmetic, or
+# need an extra whose libraries have ranges of their own (the web demo, benchmarks).
+VERSIONS_OF := ^(torch|diffusers|transformers|accelerate|safetensors|huggingface_hub|peft|datasets|numpy|pillow|typer) 
+VERSIONS_TESTS := $(addprefix tests/,$(addsuffix .py,test_attention test_caches test_cli test_code_export test_convert \
+	test_diffusers_internals test_golden test_hub test_img2img test_lora test_memory test_models test_packaging \
+	test_pipeline test_schedulers_swapping training/test_cache_latents training/test_train training/test_validation))
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-browser test-upstream check format pictures api clean
+.PHONY: help demo test test-slow test-browser test-upstream test-versions test-wheel check format pictures api clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -41,6 +48,26 @@ test-upstream: $(VENV)/.test ## run diffusers' own test mixins on these classes:
 	$(INSTALL) requests-mock parameterized
 	DIFFUSERS=$(abspath $(DIFFUSERS)) $(PYTEST) -p no:warnings --timeout 900 tests/upstream
 
+# -W default: other versions deprecate other things, which is no fault of a test there; `make test` treats the warnings of
+# the versions of constraints.txt as errors.
+test-versions: $(VENV)-lowest/.versions $(VENV)-newest/.versions ## run with the lowest and the newest libraries
+	for end in lowest newest; do \
+		$(VENV)-$$end/bin/python -m pip list --disable-pip-version-check | grep -E '$(VERSIONS_OF)' && \
+		OMP_NUM_THREADS=1 $(VENV)-$$end/bin/python -m pytest -n 2 --dist loadfile -W default -p no:cacheprovider \
+			-m "not slow and not browser" $(VERSIONS_TESTS) || exit; \
+	done
+
+# The sdist is built from the checkout and the wheel from the sdist, so that a file which the sdist lacks shows. An old
+# egg-info would bring back files that are gone.
+test-wheel: $(VENV)/.base ## build sdist and wheel, and use the wheel in an environment outside the checkout
+	$(INSTALL) build
+	rm -rf build/wheel src/*.egg-info
+	PIP_CONSTRAINT=$(abspath constraints.txt) $(BIN)/python -m build --outdir build/wheel .
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(PYTHON) -m venv $$folder/venv && mkdir $$folder/work && \
+	$$folder/venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
+		build/wheel/*.whl && \
+	cd $$folder/work && HF_HUB_OFFLINE=1 HF_HOME=$$folder/hub $$folder/venv/bin/python -I $(CURDIR)/tests/use_wheel.py
+
 check: $(VENV)/.dev ## lint, formatting, types
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
@@ -62,8 +89,8 @@ api: $(VENV)/.base ## write the API reference, from the docstrings, to build/api
 	$(INSTALL) -e ".[docs]"
 	$(BIN)/pdoc --docformat google --output-directory build/api transdiff_pipelines
 
-clean: ## remove the environment and everything that tools and the demo wrote
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache digits.png
+clean: ## remove the environments and everything that tools and the demo wrote
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache digits.png
 
 # The environment, in layers. A stamp is touched last, so an interrupted set-up starts again.
 $(BIN)/python:
@@ -87,4 +114,13 @@ $(VENV)/.browser: $(VENV)/.test
 
 $(VENV)/.dev: $(VENV)/.base
 	$(INSTALL) -e ".[train,dev]"
+	@touch $@
+
+# Environments of their own for both ends of setup.py's ranges; torch is the one of constraints.txt in both.
+$(VENV)-%/.versions: setup.py constraints.txt tests/declared.py
+	rm -rf $(VENV)-$*
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python tests/declared.py $* > $(VENV)-$*/constraints.txt
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+		-c $(VENV)-$*/constraints.txt -e ".[train]" pytest pytest-timeout pytest-xdist
 	@touch $@
