@@ -8,7 +8,8 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 VENV ?= .venv
 
-BIN := $(VENV)/bin
+SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+BIN := $(VENV)/$(SCRIPTS)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 # Two workers, one thread each: more threads only get in each other's way on tiny models.
 # A file's tests stay together, so that what a file sets up is set up once.
@@ -52,8 +53,8 @@ test-upstream: $(VENV)/.test ## run diffusers' own test mixins on these classes:
 # the versions of constraints.txt as errors.
 test-versions: $(VENV)-lowest/.versions $(VENV)-newest/.versions ## run with the lowest and the newest libraries
 	for end in lowest newest; do \
-		$(VENV)-$$end/bin/python -m pip list --disable-pip-version-check | grep -E '$(VERSIONS_OF)' && \
-		OMP_NUM_THREADS=1 $(VENV)-$$end/bin/python -m pytest -n 2 --dist loadfile -W default -p no:cacheprovider \
+		$(VENV)-$$end/$(SCRIPTS)/python -m pip list --disable-pip-version-check | grep -E '$(VERSIONS_OF)' && \
+		OMP_NUM_THREADS=1 $(VENV)-$$end/$(SCRIPTS)/python -m pytest -n 2 --dist loadfile -W default -p no:cacheprovider \
 			-m "not slow and not browser" $(VERSIONS_TESTS) || exit; \
 	done
 
@@ -64,9 +65,9 @@ test-wheel: $(VENV)/.base ## build sdist and wheel, and use the wheel in an envi
 	rm -rf build/wheel src/*.egg-info
 	PIP_CONSTRAINT=$(abspath constraints.txt) $(BIN)/python -m build --outdir build/wheel .
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(PYTHON) -m venv $$folder/venv && mkdir $$folder/work && \
-	$$folder/venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
+	$$folder/venv/$(SCRIPTS)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
 		build/wheel/*.whl && \
-	cd $$folder/work && HF_HUB_OFFLINE=1 HF_HOME=$$folder/hub $$folder/venv/bin/python -I $(CURDIR)/tests/use_wheel.py
+	cd $$folder/work && HF_HUB_OFFLINE=1 HF_HOME=$$folder/hub $$folder/venv/$(SCRIPTS)/python -I $(CURDIR)/tests/use_wheel.py
 
 check: $(VENV)/.dev ## lint, formatting, types
 	$(BIN)/ruff check $(CODE)
@@ -120,7 +121,7 @@ $(VENV)/.dev: $(VENV)/.base
 $(VENV)-%/.versions: setup.py constraints.txt tests/declared.py
 	rm -rf $(VENV)-$*
 	$(PYTHON) -m venv $(VENV)-$*
-	$(VENV)-$*/bin/python tests/declared.py $* > $(VENV)-$*/constraints.txt
-	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+	$(VENV)-$*/$(SCRIPTS)/python tests/declared.py $* > $(VENV)-$*/constraints.txt
+	$(VENV)-$*/$(SCRIPTS)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
 		-c $(VENV)-$*/constraints.txt -e ".[train]" pytest pytest-timeout pytest-xdist
 	@touch $@

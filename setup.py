@@ -17,11 +17,11 @@ REPOSITORY = "https://example.org/transdiff_pipelines"
 
 BASE = [
     "torch>=2.8,<3",
-    "diffusers>=0.37",
+    "diffusers>=0.40",  # the first with `dtype=`, and with LoRA weights for models of other packages
     "transformers>=5,<6",  # diffusers' LoRA loaders import it
     "accelerate>=1.10,<2",
-    "safetensors>=0.6.2,<1",
-    "huggingface_hub>=1.3,<3",
+    "safetensors>=0.8,<1",
+    "huggingface_hub>=1.23,<3",
     "peft>=0.18,<1",
     "typer>=0.16,<1",
     "numpy>=2",
