@@ -16,12 +16,11 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 CODE := setup.py $(wildcard src training benchmarks docs tests)
 
-# The tests that reach into Hugging Face's libraries. Those left out are about torch, this package's own arithmetic, or
-# need an extra whose libraries have ranges of their own (the web demo, benchmarks).
-VERSIONS_OF := ^(torch|diffusers|transformers|accelerate|safetensors|huggingface_hub|peft|datasets|numpy|pillow|typer) 
-VERSIONS_TESTS := $(addprefix tests/,$(addsuffix .py,test_attention test_caches test_cli test_code_export test_convert \
-	test_diffusers_internals test_golden test_hub test_img2img test_lora test_memory test_models test_packaging \
-	test_pipeline test_schedulers_swapping training/test_cache_latents training/test_train training/test_validation))
+# What `make test-versions` runs: the tests that themselves import one of Hugging Face's libraries or peft, those of the
+# conversion's numbers, and of what setup.py declares.
+HUGGING_FACE := diffusers|transformers|accelerate|huggingface_hub|peft|datasets
+VERSIONS_TESTS = $(shell grep -lE '^ *(from|import) ($(HUGGING_FACE))' tests/test_*.py tests/training/test_*.py) \
+	tests/test_golden.py tests/test_packaging.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -49,13 +48,14 @@ test-upstream: $(VENV)/.test ## run diffusers' own test mixins on these classes:
 	$(INSTALL) requests-mock parameterized
 	DIFFUSERS=$(abspath $(DIFFUSERS)) $(PYTEST) -p no:warnings --timeout 900 tests/upstream
 
-# -W default: other versions deprecate other things, which is no fault of a test there; `make test` treats the warnings of
-# the versions of constraints.txt as errors.
-test-versions: $(VENV)-lowest/.versions $(VENV)-newest/.versions ## run with the lowest and the newest libraries
+# -W default: other versions deprecate other things, which is no fault of the tests; `make test` treats the warnings that
+# come with constraints.txt as errors.
+test-versions: $(VENV)-lowest/.versions $(VENV)-newest/.versions ## run tests with the lowest and the newest libraries
 	for end in lowest newest; do \
-		$(VENV)-$$end/$(SCRIPTS)/python -m pip list --disable-pip-version-check | grep -E '$(VERSIONS_OF)' && \
-		OMP_NUM_THREADS=1 $(VENV)-$$end/$(SCRIPTS)/python -m pytest -n 2 --dist loadfile -W default -p no:cacheprovider \
-			-m "not slow and not browser" $(VERSIONS_TESTS) || exit; \
+		python=$(VENV)-$$end/$(SCRIPTS)/python; \
+		$$python -m pip list --disable-pip-version-check | grep -E '^(torch|numpy|pillow|safetensors|$(HUGGING_FACE)) '; \
+		OMP_NUM_THREADS=1 $$python -m pytest -n 2 --dist loadfile -W default -m "not slow and not browser" \
+			$(VERSIONS_TESTS) || exit; \
 	done
 
 # The sdist is built from the checkout and the wheel from the sdist, so that a file which the sdist lacks shows. An old

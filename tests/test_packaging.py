@@ -91,3 +91,14 @@ def test_readme_on_a_package_index_leads_to_the_files() -> None:
         assert [path for path in own if not (ROOT / path).exists()] == []
     # Nothing but links has changed.
     assert there.replace(AT, "").replace(RAW, "") == here
+
+
+@pytest.mark.parametrize("page", [".ci/run", ".github/workflows/tests.yml", "README.md", "CONTRIBUTING.md"])
+def test_only_targets_that_exist_are_run(page: str) -> None:
+    targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"\bmake ((?:test-|de)[a-z]+|test|check|format)\b(?!-)", text))
+    for matrix in re.findall(r"target: \[(.+)\]", text):
+        named |= set(matrix.split(", "))
+    assert named
+    assert named <= targets

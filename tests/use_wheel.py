@@ -14,7 +14,8 @@ import sysconfig
 from pathlib import Path
 
 
-GOLDEN = Path(__file__).resolve().parent / "fixtures" / "golden"
+CHECKOUT = Path(__file__).resolve().parents[1]
+GOLDEN = CHECKOUT / "tests" / "fixtures" / "golden"
 COMMAND = Path(sysconfig.get_path("scripts")) / "transdiff"
 
 # Loads the repository in the folder "with_code" where transdiff_pipelines cannot be imported, and draws.
@@ -38,7 +39,11 @@ def check_installation() -> None:
 
     package = Path(transdiff_pipelines.__file__).resolve()
     assert package.is_relative_to(Path(sys.prefix).resolve()), f"{package} is not in the environment {sys.prefix}"
-    assert (package.parent / "py.typed").is_file()
+    sources = [path for path in (CHECKOUT / "src").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    names = [path.relative_to(CHECKOUT / "src") for path in sources if "egg-info" not in path.parent.name]
+    missing = [str(name) for name in names if not (package.parents[1] / name).is_file()]
+    assert names
+    assert not missing, f"the wheel lacks {missing}"
     metadata = importlib.metadata.metadata("transdiff_pipelines")
     assert metadata["Version"] == transdiff_pipelines.__version__
     page = str(metadata.get_payload())
