@@ -8,16 +8,24 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 VENV ?= .venv
 
-BIN := $(VENV)/bin
+SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+BIN := $(VENV)/$(SCRIPTS)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 # Two workers, one thread each: more threads only get in each other's way on tiny models.
 # A file's tests stay together, so that what a file sets up is set up once.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 CODE := setup.py $(wildcard src training benchmarks docs tests)
 
+# What `make test-versions` runs: the tests that themselves import one of Hugging Face's libraries or peft, those of the
+# conversion's numbers, and of what setup.py declares.
+HUGGING_FACE := diffusers|transformers|accelerate|huggingface_hub|peft|datasets
+VERSIONS_TESTS = $(shell grep -lE '^ *(from|import) ($(HUGGING_FACE))' tests/test_*.py tests/training/test_*.py) \
+	tests/test_golden.py tests/test_packaging.py
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-portable test-slow test-quantization test-browser test-upstream check format pictures api clean
+.PHONY: help demo test test-portable test-slow test-quantization test-browser test-upstream test-versions test-wheel \
+	check format pictures api clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -53,6 +61,27 @@ test-upstream: $(VENV)/.quantization ## run diffusers' own test mixins on these 
 	$(INSTALL) requests-mock parameterized
 	DIFFUSERS=$(abspath $(DIFFUSERS)) PYTHONPATH=$(abspath $(VENV)/quantization) $(PYTEST) -p no:warnings --timeout 900 tests/upstream
 
+# -W default: other versions deprecate other things, which is no fault of the tests; `make test` treats the warnings that
+# come with constraints.txt as errors.
+test-versions: $(VENV)-lowest/.versions $(VENV)-newest/.versions ## run tests with the lowest and the newest libraries
+	for end in lowest newest; do \
+		python=$(VENV)-$$end/$(SCRIPTS)/python; \
+		$$python -m pip list --disable-pip-version-check | grep -E '^(torch|numpy|pillow|safetensors|$(HUGGING_FACE)) '; \
+		OMP_NUM_THREADS=1 $$python -m pytest -n 2 --dist loadfile -W default -m "not slow and not browser" \
+			$(VERSIONS_TESTS) || exit; \
+	done
+
+# The sdist is built from the checkout and the wheel from the sdist, so that a file which the sdist lacks shows. An old
+# egg-info would bring back files that are gone.
+test-wheel: $(VENV)/.base ## build sdist and wheel, and use the wheel in an environment outside the checkout
+	$(INSTALL) build
+	rm -rf build/wheel src/*.egg-info
+	PIP_CONSTRAINT=$(abspath constraints.txt) $(BIN)/python -m build --outdir build/wheel .
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(PYTHON) -m venv $$folder/venv && mkdir $$folder/work && \
+	$$folder/venv/$(SCRIPTS)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
+		build/wheel/*.whl && \
+	cd $$folder/work && HF_HUB_OFFLINE=1 HF_HOME=$$folder/hub $$folder/venv/$(SCRIPTS)/python -I $(CURDIR)/tests/use_wheel.py
+
 check: $(VENV)/.dev ## lint, formatting, types
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
@@ -74,8 +103,8 @@ api: $(VENV)/.base ## write the API reference, from the docstrings, to build/api
 	$(INSTALL) -e ".[docs]"
 	$(BIN)/pdoc --docformat google --output-directory build/api transdiff_pipelines
 
-clean: ## remove the environment and everything that tools and the demo wrote
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache digits.png
+clean: ## remove the environments and everything that tools and the demo wrote
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache digits.png
 
 # The environment, in layers. A stamp is touched last, so an interrupted set-up starts again.
 $(BIN)/python:
@@ -105,4 +134,13 @@ $(VENV)/.browser: $(VENV)/.test
 
 $(VENV)/.dev: $(VENV)/.base
 	$(INSTALL) -e ".[train,dev]"
+	@touch $@
+
+# Environments of their own for both ends of setup.py's ranges; torch is the one of constraints.txt in both.
+$(VENV)-%/.versions: setup.py constraints.txt tests/declared.py
+	rm -rf $(VENV)-$*
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/$(SCRIPTS)/python tests/declared.py $* > $(VENV)-$*/constraints.txt
+	$(VENV)-$*/$(SCRIPTS)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+		-c $(VENV)-$*/constraints.txt -e ".[train]" pytest pytest-timeout pytest-xdist
 	@touch $@

@@ -1,7 +1,8 @@
 """Packaging of transdiff_pipelines.
 
-The tests passed with the lower ends of these ranges and with `constraints.txt`. diffusers is held to one minor
-version, because the package registers itself in tables that diffusers does not promise to keep.
+The ranges are as wide as was tried: `make test-versions` runs the tests with the lower ends and with the newest
+releases (README has the table), `constraints.txt` is between. The upper ends are the next major versions. diffusers
+has none, because what a release of it may move is guarded (`diffusers_internals.py`).
 """
 
 import re
@@ -10,28 +11,32 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 
+# The address of the source code, for the links of README on a package index. There is none yet: example.org, which
+# belongs to nobody, stands for it. To be set before a release.
+REPOSITORY = "https://example.org/transdiff_pipelines"
+
 BASE = [
-    "torch>=2.13,<3",
-    "diffusers>=0.42,<0.43",
-    "transformers>=5.20,<6",  # diffusers' LoRA loaders import it
-    "accelerate>=1.15,<2",
+    "torch>=2.8,<3",
+    "diffusers>=0.40",  # the first with `dtype=`, and with LoRA weights for models of other packages
+    "transformers>=5,<6",  # diffusers' LoRA loaders import it
+    "accelerate>=1.10,<2",
     "safetensors>=0.8,<1",
-    "huggingface_hub>=2.4,<3",
-    "peft>=0.21,<0.22",
-    "typer>=0.29,<1",
+    "huggingface_hub>=1.23,<3",
+    "peft>=0.18,<1",
+    "typer>=0.16,<1",
     "numpy>=2",
-    "Pillow>=12",
+    "Pillow>=11",
 ]
 
 EXTRAS = {
     "train": [
-        "datasets>=5.2,<6",
-        "fsspec>=2026.9",
-        "matplotlib>=3.10",
-        "PyYAML>=6",
-        "scikit-learn>=1.8",  # the digits recipe: its images, and the classifier that judges the samples
-        "scipy>=1.17",
-        "tensorboard>=2.20",
+        "datasets>=4.4,<6",
+        "fsspec>=2025.9",
+        "matplotlib>=3.9",
+        "PyYAML>=6.0.1",
+        "scikit-learn>=1.6",  # the digits recipe: its images, and the classifier that judges the samples
+        "scipy>=1.14",
+        "tensorboard>=2.18",
         "tqdm>=4.67",
     ],
     # The Inception features. torchvision must be the build that fits the installed torch; without it use the
@@ -56,17 +61,44 @@ EXTRAS = {
 HERE = Path(__file__).parent
 INIT = (HERE / "src" / "transdiff_pipelines" / "__init__.py").read_text(encoding="utf-8")
 README = HERE / "README.md"
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1]
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
+_CODE_OR_LINK = re.compile(
+    r"""(?P<code>```.*?```|`[^`\n]*`)"""
+    r"""|(?P<before>\]\(\s*<?|\b(?:src|href)=["']|^\[[^\]]+\]:[ \t]*<?)(?P<target>[^\s)>"']+)""",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+def absolute_links(markdown: str) -> str:
+    """The page with its relative links led to this version's files in the repository; code stays as it is.
+
+    A package index shows README without the files beside it. Pictures get the address of the file itself.
+    """
+
+    def absolute(found: re.Match) -> str:
+        target = found["target"]
+        if found["code"] or re.match(r"[a-z][a-z0-9+.-]*:|//|#", target, re.IGNORECASE):
+            return found[0]
+        path = target.removeprefix("./").removeprefix("/")
+        kind = "raw" if path.lower().endswith(_PICTURES) else "blob"
+        return f"{found['before']}{REPOSITORY}/{kind}/v{VERSION}/{path}"
+
+    return _CODE_OR_LINK.sub(absolute, markdown)
+
 
 setup(
     name="transdiff_pipelines",
-    version=re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1],
+    version=VERSION,
     description="TransDiff, class-to-image generation by autoregression and diffusion, for diffusers",
-    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description=absolute_links(README.read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
     author="The transdiff_pipelines authors",
+    url=REPOSITORY,
     license="MIT",
     license_files=["LICENSE"],
-    python_requires=">=3.11",  # as diffusers 0.42 asks
+    python_requires=">=3.11",
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"transdiff_pipelines": ["py.typed", "checkpoints/**/*", "data/*"]},

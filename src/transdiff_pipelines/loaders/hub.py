@@ -40,9 +40,10 @@ class TransDiffHubMixin:
     """`save_pretrained` and `push_to_hub` with `include_code`, and reading what they wrote."""
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The index of a repository with code names its files' classes; the installed ones stand for them."""
-        index = super()._dict_from_json_file(json_file)  # type: ignore[misc]
+        # diffusers before 0.41 also passes the entries of a DDUF archive.
+        index = super()._dict_from_json_file(json_file, *args, **kwargs)  # type: ignore[misc]
         return {name: _installed(name, value) for name, value in index.items()}
 
     def save_pretrained(

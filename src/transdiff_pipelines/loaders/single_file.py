@@ -5,9 +5,9 @@ from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.loaders.single_file_utils import _extract_repo_id_and_weights_name, is_valid_url
 from huggingface_hub import hf_hub_download
 
+from ..diffusers_internals import diffusers_internal
 from .original_checkpoint import load_original_components
 from .original_repository import explain_original_repository
 
@@ -55,9 +55,10 @@ class TransDiffSingleFileMixin:
 
 
 def _local_file(link_or_path: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    if not is_valid_url(str(link_or_path)):
+    if not str(link_or_path).startswith(("https://", "http://")):
         return link_or_path
-    repo, name = _extract_repo_id_and_weights_name(str(link_or_path))
+    extract = diffusers_internal("loaders.single_file_utils", "_extract_repo_id_and_weights_name")
+    repo, name = extract(str(link_or_path))
     if name is None:
         raise ValueError(f"{link_or_path} is no link to a file on the Hub; expected .../REPOSITORY/blob/main/FILE")
     return hf_hub_download(repo, name)

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import _fetch_state_dict
 from torch import nn
+
+from ..diffusers_internals import diffusers_internal
 
 
 # What wrappers of models and of their parts put into names: peft, DDP, torch.compile, FSDP, checkpointing.
@@ -132,7 +133,7 @@ def fetch_lora(source: Any, **options: Any) -> tuple[dict[str, torch.Tensor], di
     if unknown:
         raise TypeError(f"unknown options {unknown}; a LoRA file is found with {sorted(FILE_OPTIONS)}")
     try:
-        tensors, config = _fetch_state_dict(
+        tensors, config = diffusers_internal("loaders.lora_base", "_fetch_state_dict")(
             source,
             user_agent={"file_type": "attn_procs_weights", "framework": "pytorch"},
             # A folder without safetensors may hold a .bin file, which diffusers reads as weights only.
