@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 
+from .presets import VAE_DOWNSAMPLE_FACTOR
+
 
 NUM_TRAIN_TIMESTEPS = 1000
 """The network's timestep is this many times σ, whatever the scheduler."""
@@ -42,16 +44,21 @@ def renoise_latents(latents: torch.Tensor, noise: torch.Tensor, sigma: float, si
 
 
 def scale_latents(latents: torch.Tensor, vae_config: Mapping[str, Any]) -> torch.Tensor:
-    """The VAE's latents in the units of the model; a VAE without a `shift_factor` has the shift 0."""
-    return (latents - (vae_config.get("shift_factor") or 0.0)) * vae_config["scaling_factor"]
+    """The VAE's latents in the units of the model; without `shift_factor` and `scaling_factor` they are the same."""
+    return (latents - (vae_config.get("shift_factor") or 0.0)) * vae_config.get("scaling_factor", 1.0)
 
 
 def unscale_latents(latents: torch.Tensor, vae_config: Mapping[str, Any]) -> torch.Tensor:
     """Latents of the model in the VAE's units: the inverse of `scale_latents`."""
-    return latents / vae_config["scaling_factor"] + (vae_config.get("shift_factor") or 0.0)
+    return latents / vae_config.get("scaling_factor", 1.0) + (vae_config.get("shift_factor") or 0.0)
 
 
 def vae_stride(vae_config: Mapping[str, Any]) -> int:
-    """Pixels a side that one latent stands for: the VAE halves its grid after every level but the last."""
-    stride: int = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    """Pixels a side that one latent stands for: a VAE halves its grid after every level but the last.
+
+    The kinds of VAE name their levels differently; of one that names none the stride is that of the published models.
+    """
+    names = ("block_out_channels", "decoder_block_out_channels", "up_block_out_channels")
+    levels = next((vae_config[name] for name in names if vae_config.get(name)), None)
+    stride: int = VAE_DOWNSAMPLE_FACTOR if levels is None else 2 ** (len(levels) - 1)
     return stride

@@ -2,19 +2,19 @@
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..latents import NUM_TRAIN_TIMESTEPS
 from ..models import ARConditionEncoder, TransDiffTransformer2DModel
+from .vae import check_vae, describe
 
 
 _MULTISTEP_SCHEDULERS = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler")
@@ -26,6 +26,9 @@ FLOW_SCHEDULERS = (
     "LTXEulerAncestralRFScheduler",
 )
 """Schedulers of diffusers that sample a flow of known solution rightly (tests/test_schedulers_swapping.py)."""
+
+# What a refusal names: the package's own first, and none that needs a time grid of its own form.
+_ADVISED_SCHEDULERS = ("FlowMatchEulerMaruyamaScheduler", "FlowMatchSDEMultistepScheduler", *FLOW_SCHEDULERS[:-1])
 
 _UNFIT_SCHEDULERS = {
     "DEISMultistepScheduler": "it stops before sigma 0 and leaves noise in the image",
@@ -102,9 +105,12 @@ class CallSettings:
 
 
 def check_components(
-    encoder: ARConditionEncoder | None, transformer: TransDiffTransformer2DModel | None, vae: AutoencoderKL | None
+    encoder: ARConditionEncoder | None, transformer: TransDiffTransformer2DModel | None, vae: Any
 ) -> None:
-    """Raise ValueError where the configs of the components that are present do not agree."""
+    """Raise ValueError where the configs of the components that are present do not agree, TypeError for a class."""
+    for name, component in (("condition_encoder", encoder), ("transformer", transformer)):
+        if component is not None and not isinstance(component, torch.nn.Module):
+            raise TypeError(f"{name} is {describe(component)}; expected a model")
     if encoder is not None and transformer is not None:
         width = encoder.config.num_attention_heads * encoder.config.attention_head_dim
         if width != transformer.config.cross_attention_dim:
@@ -124,13 +130,27 @@ def check_components(
                 f"{transformer.config.sample_size} and the condition encoder's {encoder.config.sample_size}; they "
                 "must be equal"
             )
-    if transformer is None or vae is None:
-        return
-    if transformer.config.in_channels != vae.config.latent_channels:
-        raise ValueError(
-            f"the transformer makes {transformer.config.in_channels} latent channels, the VAE decodes "
-            f"{vae.config.latent_channels}; use the VAE the model was trained with"
-        )
+    if vae is not None:
+        check_vae(vae, None if transformer is None else transformer.config.in_channels)
+
+
+_WITHOUT = {
+    "vae": "ask for latents with output_type='latent', and pass scaled latents in place of images",
+    "condition_encoder": "pass condition_embeds, tokens (B, M, D), and with guidance negative_condition_embeds",
+}
+
+
+def check_present(**components: object) -> None:
+    """Raise ValueError for a component that a call needs and the pipeline was made without."""
+    for name, component in components.items():
+        if component is None:
+            raise missing(name)
+
+
+def missing(name: str) -> ValueError:
+    """The error for a component that the pipeline was made without."""
+    other = f", or {_WITHOUT[name]}" if name in _WITHOUT else ""
+    return ValueError(f"this pipeline has no {name}, which the call needs; load or make it with one{other}")
 
 
 def check_scheduler(scheduler: SchedulerMixin | None) -> None:
@@ -141,6 +161,9 @@ def check_scheduler(scheduler: SchedulerMixin | None) -> None:
     """
     if scheduler is None:
         return
+    if isinstance(scheduler, type) or not hasattr(scheduler, "config"):
+        hint = f"{scheduler.__name__}.from_config(pipe.scheduler.config)" if isinstance(scheduler, type) else "one"
+        raise TypeError(f"scheduler is {describe(scheduler)}; expected a scheduler of diffusers: pass {hint}")
     name, config = type(scheduler).__name__, scheduler.config
     prediction_type = config.get("prediction_type", "flow_prediction")
     if prediction_type != "flow_prediction":
@@ -155,7 +178,7 @@ def check_scheduler(scheduler: SchedulerMixin | None) -> None:
         )
     if type(scheduler).__module__.startswith("diffusers.") and name not in FLOW_SCHEDULERS:
         reason = _UNFIT_SCHEDULERS.get(name, "it does not integrate a flow")
-        raise ValueError(f"{name} cannot sample this model: {reason}; use one of {', '.join(FLOW_SCHEDULERS)}")
+        raise ValueError(f"{name} cannot sample this model: {reason}; use one of {', '.join(_ADVISED_SCHEDULERS)}")
     steps = config.get("num_train_timesteps", NUM_TRAIN_TIMESTEPS)
     if steps != NUM_TRAIN_TIMESTEPS:
         raise ValueError(
@@ -215,9 +238,14 @@ def resolve_guidance(
 
 
 def check_guidance_interval(interval: tuple[float, float] | None) -> None:
-    """Raise ValueError unless the interval is `(low, high)` with 0 <= low <= high <= 1."""
-    if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
-        raise ValueError(f"guidance_interval is {interval}; expected (low, high) in sigma, 0 <= low <= high <= 1")
+    """Raise TypeError or ValueError unless the interval is `(low, high)` with 0 <= low <= high <= 1."""
+    if interval is None:
+        return
+    expected = "expected (low, high) in sigma, 0 <= low <= high <= 1"
+    if not isinstance(interval, (list, tuple)) or not all(isinstance(bound, Real) for bound in interval):
+        raise TypeError(f"guidance_interval is {interval!r}; {expected}")
+    if not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
+        raise ValueError(f"guidance_interval is {interval}; {expected}")
 
 
 def custom_sigmas(
@@ -233,7 +261,10 @@ def custom_sigmas(
     if sigmas is None and timesteps is None:
         return None
     name, top, grid = ("sigmas", 1, sigmas) if timesteps is None else ("timesteps", num_train_timesteps, timesteps)
-    values = [float(value) for value in grid]  # type: ignore[union-attr]
+    try:
+        values = [float(value) for value in grid]  # type: ignore[union-attr]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is {grid!r}; expected a list of decreasing numbers in (0, {top}]") from error
     falling = all(value > later for value, later in pairwise([*values, 0.0]))
     if not values or values[0] > top or not falling:
         raise ValueError(f"{name} are {values}; expected strictly decreasing values in (0, {top}], without the 0")
@@ -304,7 +335,11 @@ def tensor_inputs_of(callback: Callable[..., Any] | None, named: Sequence[str]) 
 
 
 def check_output(output_type: str, tensor_inputs: Sequence[str], known_tensor_inputs: Sequence[str]) -> None:
-    """Raise ValueError for an unknown output type or callback tensor."""
+    """Raise ValueError for an unknown output type or callback tensor, TypeError for one name in place of a list."""
+    if isinstance(tensor_inputs, str):
+        raise TypeError(
+            f"callback_on_step_end_tensor_inputs is {tensor_inputs!r}; expected a list: [{tensor_inputs!r}]"
+        )
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f"output_type {output_type!r} is unknown; choose 'pil', 'np', 'pt' or 'latent'")
     unknown = [name for name in tensor_inputs if name not in known_tensor_inputs]
@@ -312,3 +347,33 @@ def check_output(output_type: str, tensor_inputs: Sequence[str], known_tensor_in
         raise ValueError(
             f"callback_on_step_end_tensor_inputs has {unknown}; a callback can be given {list(known_tensor_inputs)}"
         )
+
+
+# Arguments of other pipelines that people try here, and what does it.
+_HABITS = {
+    "prompt": "pass class ids or names: pipe('goldfish')",
+    "negative_prompt": "guidance leads away from the null class; the other branch is negative_condition_embeds",
+    "prompt_embeds": "pass condition_embeds",
+    "negative_prompt_embeds": "pass negative_condition_embeds",
+    "num_images_per_prompt": "pass num_images_per_label",
+    "batch_size": "pass a list of labels, or num_images_per_label",
+    "height": "the model makes images of one size",
+    "width": "the model makes images of one size",
+    "num_steps": "pass num_inference_steps",
+    "steps": "pass num_inference_steps",
+    "cfg": "pass guidance_scale",
+    "seed": "pass generator=torch.Generator().manual_seed(seed)",
+    "eta": "the noise of the sampler is its scheduler's diffusion_scale",
+    "cross_attention_kwargs": "pass attention_kwargs",
+    "joint_attention_kwargs": "pass attention_kwargs",
+    "callback": "pass callback_on_step_end",
+    "callback_steps": "callback_on_step_end is called at every step",
+    "guidance_rescale": "guidance can be left to a part of the time grid: pass guidance_interval",
+}
+
+
+def check_no_others(unknown: Mapping[str, object]) -> None:
+    """Raise TypeError for arguments that a call does not have, with what does it here."""
+    for name in unknown:
+        hint = f": {_HABITS[name]}" if name in _HABITS else "; help(pipe.__call__) lists them"
+        raise TypeError(f"{name} is no argument of this pipeline{hint}")

@@ -2,14 +2,14 @@
 
 import difflib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Set
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
 
-ClassLabels = int | str | Sequence[int | str] | torch.Tensor | np.ndarray
+ClassLabels = int | str | Iterable[int | str] | torch.Tensor | np.ndarray
 
 
 # So many are listed in an error.
@@ -50,10 +50,20 @@ class ClassNames:
         if not self.ids_by_name:
             raise ValueError(f"class name {name!r} is unknown: this pipeline has no id2label; pass class ids")
         lowered = {known.lower(): known for known in self.unambiguous}
+        if name.strip().isdecimal():
+            self._explain_number(name)
         close = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3)]
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "pipe.labels lists the names"
         if not close and len(self.unambiguous) <= FEW_NAMES:
             hint = f"the names are {', '.join(map(repr, self.unambiguous))}"
+        raise ValueError(f"class name {name!r} is unknown; {hint}")
+
+    def _explain_number(self, name: str) -> NoReturn:
+        """Raise ValueError for digits that are no class's name: an id is an int."""
+        ids = sorted({class_id for ids in self.ids_by_name.values() for class_id in ids})
+        hint = f"for the class id pass the int, {int(name)}"
+        if int(name) not in ids:
+            hint = f"and no class has that id either: they are {ids[0]} to {ids[-1]}, passed as ints"
         raise ValueError(f"class name {name!r} is unknown; {hint}")
 
 
@@ -74,7 +84,11 @@ def parse_class_labels(class_labels: ClassLabels, names: ClassNames, num_classes
         if class_labels.ndim > 1:
             raise ValueError(f"class_labels has shape {class_labels.shape}; expected one label a sample, (B,)")
         class_labels = class_labels.reshape(-1).tolist()
-    given = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels]
+    if isinstance(class_labels, (Mapping, Set)):
+        raise TypeError(f"class_labels is a {type(class_labels).__name__}, which says no order; pass list(...) of it")
+    # A range, a pandas Series or a generator is as good as a list; bytes would be taken for class ids.
+    is_list = isinstance(class_labels, Iterable) and not isinstance(class_labels, (str, bytes))
+    given: list[Any] = list(class_labels) if is_list else [class_labels]  # type: ignore[arg-type]
     if not given:
         raise ValueError("class_labels is empty; pass at least one class id or name")
 

@@ -31,13 +31,14 @@ class BoundEncoder:
     Attributes:
         model: the condition encoder.
         device: where it is run; with offloading its weights are elsewhere until then.
-        dtype: that of the condition, which is the transformer's.
+        dtype, width: those of the condition, which are the transformer's.
         attention_kwargs: those of the call.
     """
 
     model: ARConditionEncoder
     device: torch.device
     dtype: torch.dtype
+    width: int
     attention_kwargs: dict[str, Any] | None = None
 
     def __call__(
@@ -167,9 +168,7 @@ class GivenCondition:
 
     def _make(self, name: str, given: ConditionEmbeds) -> torch.Tensor:
         tokens = given if isinstance(given, torch.Tensor) else given(self._seen)
-        config = self._encode.model.config
-        width = config.num_attention_heads * config.attention_head_dim
-        return check_condition(name, tokens, width).to(self._encode.device, self._encode.dtype)
+        return check_condition(name, tokens, self._encode.width).to(self._encode.device, self._encode.dtype)
 
 
 def check_sequence_arguments(

@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
 from ..latents import noise_latents
-from .checks import CallSettings, check_count, check_strength
+from .checks import CallSettings, check_count, check_present, check_strength
 from .conditions import LabelCondition
 from .image_inputs import check_images, check_masks, common_batch_size, is_latents
 from .pipeline_transdiff import CallState, StepCallback, TransDiffPipeline
@@ -161,6 +161,7 @@ class TransDiffEditingPipeline(TransDiffPipeline):
         if latents_given:
             picture = image.reshape(-1, *self.latents_shape(1)[1:])
         else:
+            check_present(vae=self.vae)
             check_images(image, self.image_side)
             picture = self.pixel_processor.preprocess(image).float()
         labels = torch.tensor(settings.label_ids)
@@ -191,6 +192,7 @@ class TransDiffEditingPipeline(TransDiffPipeline):
 
     def _preprocess_mask(self, mask_image: PipelineImageInput) -> torch.Tensor:
         """Masks `(., 1, H, W)` in [0, 1], 1 where to repaint."""
+        check_present(vae=self.vae)  # whose stride tells the size of the mask
         check_masks(mask_image, self.image_side)
         return self.mask_processor.preprocess(mask_image).float()
 

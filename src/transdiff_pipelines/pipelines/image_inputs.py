@@ -81,7 +81,8 @@ def check_masks(mask: PipelineImageInput, side: int) -> None:
             height, width = shape[-2:]
         if (width, height) != (side, side):
             raise ValueError(
-                f"mask_image has {width}x{height} pixels and the image {side}x{side}; they must be of one size"
+                f"mask_image has {width}x{height} pixels, but this model's latent grid makes {side}x{side}; resize "
+                f"it: mask_image.resize(({side}, {side}))"
             )
 
 

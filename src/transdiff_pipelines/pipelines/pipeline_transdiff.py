@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -31,7 +31,6 @@ from ..loaders.single_file import TransDiffSingleFileMixin
 from ..models import ARConditionEncoder, TransDiffTransformer2DModel
 from ..models.alignment import align_weights
 from ..models.key_value_cache import KeyValueCache
-from ..presets import VAE_DOWNSAMPLE_FACTOR
 from .checks import (
     CallSettings,
     check_components,
@@ -39,7 +38,9 @@ from .checks import (
     check_generator,
     check_guidance_interval,
     check_latents,
+    check_no_others,
     check_output,
+    check_present,
     check_scheduler,
     check_steps,
     custom_sigmas,
@@ -61,6 +62,7 @@ from .conditions import (
 from .hooks import check_cache, has_hooked_parts, hooks_freed, state_held_by
 from .overlapping_calls import admitted
 from .reference_images import ReferenceImages, load_references
+from .vae import decode, encode_to_mode, vae_config
 
 
 # float32 sigmas of a grid against the bounds of an interval.
@@ -130,7 +132,8 @@ class TransDiffPipeline(
     Args:
         condition_encoder: class labels, and with MRAR the images made so far, to condition tokens.
         transformer: noisy latents, timestep and condition tokens to velocity.
-        vae: latents, divided by its scaling factor, to pixels.
+        vae: latents, divided by its scaling factor, to pixels: an `AutoencoderKL`, or whatever has such a `decode`,
+            for fast previews an `AutoencoderTiny`. Without one a call makes latents alone.
         scheduler: velocity to the next sample; any diffusers scheduler that integrates a flow serves.
         id2label: class id to name, or to comma-separated synonyms.
         guidance_scale: the checkpoint's recommended classifier-free guidance, one number or one for each image of
@@ -147,7 +150,7 @@ class TransDiffPipeline(
         self,
         condition_encoder: ARConditionEncoder,
         transformer: TransDiffTransformer2DModel,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | ModelMixin | None,
         scheduler: SchedulerMixin,
         id2label: dict | None = None,
         guidance_scale: float | list | None = None,
@@ -168,12 +171,20 @@ class TransDiffPipeline(
         self.register_to_config(id2label=id2label, guidance_scale=guidance_scale)
 
         self._set_labels(id2label)
-        self.vae_scale_factor = VAE_DOWNSAMPLE_FACTOR if vae is None else vae_stride(vae.config)
+        self.vae_scale_factor = vae_stride(vae_config(vae))
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
         # The last call to have begun. Read outside of any call, as diffusers' pipelines are; and set, by a thread that
         # ends the call of another one.
         self._last_call = CallState(scheduler)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> DiffusionPipeline:
+        """A pipeline of this class around the components of another one; `kwargs` take the place of some.
+
+        diffusers leaves a VAE behind that is of none of the annotated classes itself, so it is passed on here.
+        """
+        return super().from_pipe(pipeline, **{"vae": getattr(pipeline, "vae", None)} | kwargs)
 
     @property
     def _call(self) -> CallState:
@@ -267,7 +278,8 @@ class TransDiffPipeline(
 
     def _bound_encoder(self) -> BoundEncoder:
         device, dtype = self._execution_device, self.transformer.dtype
-        return BoundEncoder(self.condition_encoder, device, dtype, self.attention_kwargs)
+        width = self.transformer.config.cross_attention_dim
+        return BoundEncoder(self.condition_encoder, device, dtype, width, self.attention_kwargs)
 
     def prepare_latents(
         self,
@@ -292,6 +304,11 @@ class TransDiffPipeline(
     def image_side(self) -> int:
         """Height and width, in pixels, of the images that this model makes and edits."""
         return self.transformer.config.sample_size * self.vae_scale_factor
+
+    @property
+    def _images_in_sequence(self) -> int:
+        """N; without an encoder the only condition there can be is of one image."""
+        return 1 if self.condition_encoder is None else self.condition_encoder.num_images
 
     def latents_shape(self, batch_size: int) -> tuple[int, ...]:
         """`(B, C, s, s)` of the latents of so many images."""
@@ -332,7 +349,7 @@ class TransDiffPipeline(
 
         with self.progress_bar(total=len(steps)) as progress:
             # The bar of the sequence stays on the screen, those of its images come and go.
-            progress.leave = self.condition_encoder.num_images == 1
+            progress.leave = self._images_in_sequence == 1
             for i in indices:
                 if call.interrupt:
                     break
@@ -417,9 +434,14 @@ class TransDiffPipeline(
         The posterior's mode, not a sample as in diffusers' own pipelines: it takes no random numbers, so a seed keeps
         its noise, and what an edit knows stays as near to the image as the VAE can.
         """
-        pixels = (2 * pixels - 1).to(self._execution_device, self.vae.dtype)
-        latents = self.vae.encode(pixels).latent_dist.mode().float()
-        return scale_latents(latents, self.vae.config)
+        latents = encode_to_mode(self.vae, (2 * pixels - 1).to(self._execution_device))
+        expected = self.latents_shape(len(pixels))
+        if tuple(latents.shape) != expected:
+            raise ValueError(
+                f"{type(self.vae).__name__} encodes images of {pixels.shape[-1]} pixels to {tuple(latents.shape)}, "
+                f"and the model takes {expected}; use the VAE the model was trained with, or pass scaled latents"
+            )
+        return scale_latents(latents, vae_config(self.vae))
 
     def encode_references(self, reference_images: ReferenceImages, num_labels: int, num_ar_steps: int) -> torch.Tensor:
         """Scaled latents `(B, n, C, s, s)` of the images that start the AR sequences of B labels.
@@ -427,7 +449,8 @@ class TransDiffPipeline(
         See `reference_images.load_references` for what they may be, and for errors.
         """
         shape = self.latents_shape(1)[1:]
-        images = load_references(reference_images, num_labels, num_ar_steps, shape, self.image_side)
+        side = None if self.vae is None else self.image_side
+        images = load_references(reference_images, num_labels, num_ar_steps, shape, side)
         latents = [image if image.shape == shape else self.encode_image(image[None])[0] for image in images]
         return torch.stack(latents).to(self._execution_device, torch.float32).unflatten(0, (num_labels, -1))
 
@@ -435,8 +458,7 @@ class TransDiffPipeline(
         """Scaled latents `(B, C, s, s)` to images of the `output_type`; "latent" gives them back as they are."""
         if output_type == "latent":
             return latents
-        latents = unscale_latents(latents, self.vae.config).to(self.vae.dtype)
-        images = self.vae.decode(latents, return_dict=False)[0]
+        images = decode(self.vae, unscale_latents(latents, vae_config(self.vae)))
         return self.image_processor.postprocess(images, output_type=output_type)
 
     @torch.no_grad()
@@ -461,6 +483,7 @@ class TransDiffPipeline(
         num_ar_steps: int | None = None,
         condition_embeds: ConditionEmbeds | None = None,
         negative_condition_embeds: ConditionEmbeds | None = None,
+        **others: Any,
     ) -> Any:
         """Generate images of the classes asked for.
 
@@ -495,6 +518,7 @@ class TransDiffPipeline(
         Raises:
             ValueError, TypeError: an argument is wrong; the message names it and the remedy.
         """
+        check_no_others(others)
         settings = self.check_inputs(
             class_labels=class_labels,
             guidance_scale=guidance_scale,
@@ -565,7 +589,8 @@ class TransDiffPipeline(
         Raises:
             ValueError, TypeError: an argument is wrong; the message names it and the remedy.
         """
-        check_scheduler(self.scheduler)
+        needs_encoder = condition_embeds is None or callable(condition_embeds)
+        self._check_components_of_call(needs_encoder, needs_vae=output_type != "latent")
         check_guidance_interval(guidance_interval)
         tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         check_output(output_type, tensor_inputs, self._callback_tensor_inputs)
@@ -573,17 +598,19 @@ class TransDiffPipeline(
         grid = custom_sigmas(sigmas, timesteps, NUM_TRAIN_TIMESTEPS)
         num_inference_steps = check_steps(self.scheduler, num_inference_steps, grid)
         check_sequence_arguments(class_labels, condition_embeds, negative_condition_embeds, reference_images)
-        encoder = self.condition_encoder
         guidance_scales = resolve_guidance(
             guidance_scale,
             recommended=self.config.guidance_scale,
-            num_images=encoder.num_images,
+            num_images=self._images_in_sequence,
             num_ar_steps=num_ar_steps,
             single_condition=isinstance(condition_embeds, torch.Tensor),
         )
+        if negative_condition_embeds is None and any(scale != 1.0 for scale in guidance_scales):
+            check_present(condition_encoder=self.condition_encoder)  # it makes the unconditional branch
         label_ids = None
         if condition_embeds is None:
-            label_ids = tuple(parse_class_labels(class_labels, self._class_names, encoder.config.num_classes))  # type: ignore[arg-type]
+            num_classes = self.condition_encoder.config.num_classes
+            label_ids = tuple(parse_class_labels(class_labels, self._class_names, num_classes))  # type: ignore[arg-type]
         return CallSettings(
             label_ids=label_ids,
             num_images_per_label=num_images_per_label,
@@ -598,6 +625,14 @@ class TransDiffPipeline(
             tensor_inputs=tuple(tensor_inputs),
             attention_kwargs=attention_kwargs,
         )
+
+    def _check_components_of_call(self, needs_encoder: bool, needs_vae: bool) -> None:
+        check_present(transformer=self.transformer, scheduler=self.scheduler)
+        if needs_encoder:
+            check_present(condition_encoder=self.condition_encoder)
+        if needs_vae:
+            check_present(vae=self.vae)
+        check_scheduler(self.scheduler)
 
     @contextmanager
     def _begin_call(self, settings: CallSettings) -> Iterator[CallState]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers.image_processor import PipelineImageInput
 
+from .checks import check_no_others
 from .class_labels import ClassLabels
 from .editing import References, TransDiffEditingPipeline
 from .pipeline_transdiff import TransDiffPipelineOutput
@@ -40,6 +41,7 @@ class TransDiffImg2ImgPipeline(TransDiffEditingPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         timesteps: Sequence[float] | None = None,
         references: References = "generated",
+        **others: Any,
     ) -> Any:
         """Noise images to the σ that `strength` names and denoise them under a class.
 
@@ -63,6 +65,7 @@ class TransDiffImg2ImgPipeline(TransDiffEditingPipeline):
 
         The other arguments are those of `TransDiffPipeline.__call__`.
         """
+        check_no_others(others)
         settings = self.check_inputs(
             class_labels=class_labels,
             guidance_scale=guidance_scale,

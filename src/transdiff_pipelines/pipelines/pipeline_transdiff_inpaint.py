@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers.image_processor import PipelineImageInput
 
+from .checks import check_no_others
 from .class_labels import ClassLabels
 from .editing import References, TransDiffEditingPipeline
 from .pipeline_transdiff import TransDiffPipelineOutput
@@ -44,6 +45,7 @@ class TransDiffInpaintPipeline(TransDiffEditingPipeline):
         references: References = "generated",
         jump_length: int = 10,
         jump_n_sample: int = 1,
+        **others: Any,
     ) -> Any:
         """Generate what a mask shows white, so that it fits the rest.
 
@@ -75,6 +77,7 @@ class TransDiffInpaintPipeline(TransDiffEditingPipeline):
 
         The other arguments are those of `TransDiffPipeline.__call__`.
         """
+        check_no_others(others)
         settings = self.check_inputs(
             class_labels=class_labels,
             guidance_scale=guidance_scale,

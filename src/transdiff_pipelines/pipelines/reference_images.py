@@ -12,6 +12,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
 
+from .checks import missing
 from .image_inputs import check_images, is_latents
 
 
@@ -22,7 +23,11 @@ _PROCESSOR = VaeImageProcessor(do_resize=False, do_normalize=False)
 
 
 def load_references(
-    reference_images: ReferenceImages, num_labels: int, num_ar_steps: int, latents_shape: tuple[int, ...], side: int
+    reference_images: ReferenceImages,
+    num_labels: int,
+    num_ar_steps: int,
+    latents_shape: tuple[int, ...],
+    side: int | None,
 ) -> list[torch.Tensor]:
     """The B n images that start the AR sequences of B labels, sequence by sequence: pixels or latents, as given.
 
@@ -34,7 +39,7 @@ def load_references(
         num_labels: B.
         num_ar_steps: images of the sequence, the references counted.
         latents_shape: `(C, s, s)`.
-        side: H.
+        side: H; None without a VAE, which could not encode them.
 
     Returns:
         For each image a tensor of pixels `(3, H, W)` in [0, 1], or of scaled latents `(C, s, s)`.
@@ -83,10 +88,16 @@ def _check_counts(counts: list[int], num_labels: int, num_ar_steps: int) -> None
         )
 
 
-def _load(image: Any, latents_shape: tuple[int, ...], side: int) -> torch.Tensor:
+def _is_latents(image: Any, latents_shape: tuple[int, ...]) -> bool:
+    return isinstance(image, torch.Tensor) and image.ndim == 3 and is_latents(image, latents_shape)
+
+
+def _load(image: Any, latents_shape: tuple[int, ...], side: int | None) -> torch.Tensor:
     """Pixels `(3, H, W)` in [0, 1], or scaled latents `(C, s, s)` as they are."""
-    if isinstance(image, torch.Tensor) and image.ndim == 3 and is_latents(image, latents_shape):
+    if _is_latents(image, latents_shape):
         return image
+    if side is None:
+        raise missing("vae")
     if isinstance(image, (str, os.PathLike)):
         if not Path(image).is_file():
             raise ValueError(f"reference image {str(image)!r} is not a file; pass the path of a picture")
