@@ -11,7 +11,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
-from ..latents import noise_latents
+from ..latents import noise_latents, renoise_latents
 from .checks import CallSettings, check_count, check_strength
 from .conditions import LabelCondition
 from .image_inputs import check_images, check_masks, common_batch_size, is_latents
@@ -104,10 +104,9 @@ def resampling_runs(steps: range, jump_length: int, jump_n_sample: int) -> list[
 def jump_back(
     latents: torch.Tensor, sigma: float, sigma_to: float, generator: torch.Generator | list[torch.Generator] | None
 ) -> torch.Tensor:
-    """Noise latents from σ to a larger σ': x' = a x + sqrt(σ'² - a² σ²) ε with a = (1 - σ') / (1 - σ)."""
-    scale = (1 - sigma_to) / (1 - sigma)
+    """Latents at σ with fresh noise up to a larger σ', see `renoise_latents`."""
     noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-    return scale * latents + (sigma_to**2 - (scale * sigma) ** 2) ** 0.5 * noise
+    return renoise_latents(latents, noise, sigma, sigma_to)
 
 
 class TransDiffEditingPipeline(TransDiffPipeline):

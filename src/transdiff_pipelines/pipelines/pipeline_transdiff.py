@@ -149,8 +149,9 @@ class TransDiffPipeline(
         transformer: TransDiffTransformer2DModel,
         vae: AutoencoderKL,
         scheduler: SchedulerMixin,
-        id2label: dict | None = None,
-        guidance_scale: float | list | None = None,
+        # diffusers warns of values that are not of these types, and JSON knows neither int keys nor float from int.
+        id2label: dict | None = None,  # type: ignore[type-arg]
+        guidance_scale: float | list | None = None,  # type: ignore[type-arg]
     ):
         super().__init__()
         check_components(condition_encoder, transformer, vae)
