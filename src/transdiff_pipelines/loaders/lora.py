@@ -115,7 +115,7 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
                     state_dict,
                     prefix=name,
                     adapter_name=adapter_name,
-                    # Without a config of its own a component's one is read off the shapes.
+                    # Where the file has no configuration for a component, the loader reads one off the shapes.
                     metadata=metadata if metadata and _has_prefix(metadata, name) else None,
                     hotswap=hotswap,
                     low_cpu_mem_usage=low_cpu_mem_usage,

@@ -69,7 +69,8 @@ class Edit:
 
     def noised(self, index: int) -> torch.Tensor:
         """The images' latents at `sigmas[index]` (Eq. 4); at the grid's start pure noise, as in plain generation."""
-        # Not by the schedulers' `scale_noise` or `add_noise`, which read different parts of the run's state.
+        # The schedulers' own `scale_noise` and `add_noise` will not do: they read the state of a run, each another
+        # part of it.
         sigma = self.sigmas[index]
         return self.noise if index == 0 else noise_latents(self.image_latents, self.noise, sigma)
 
@@ -119,7 +120,7 @@ class TransDiffEditingPipeline(TransDiffPipeline):
     def _edit(self, settings: CallSettings, inputs: EditInputs, references: References) -> Any:
         """Encode the image, denoise it under the class, decode and composite."""
         with self._begin_call(settings) as call:
-            # The noise comes first, as in plain generation.
+            # The noise is drawn before anything else, so that strength 1 starts from that of plain generation.
             noise = self.prepare_latents(inputs.batch_size, settings.generator, settings.latents)
             edit = self._start_edit(settings, inputs, noise)
             on_step_end = self._step_callback(settings)

@@ -62,14 +62,15 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
                 f"prediction_type is {config.prediction_type!r}; this scheduler integrates 'flow_prediction' "
                 "(velocity) only"
             )
-        # Two names of one thing: flow-match schedulers read `shift`, multistep ones `flow_shift`.
+        # Both names are kept, because flow-match schedulers read `shift` and multistep ones `flow_shift`.
         if 1 in (config.shift, config.flow_shift) and config.shift != config.flow_shift:
             shift = config.flow_shift if config.shift == 1 else config.shift
             self.register_to_config(shift=shift, flow_shift=shift)
             config = self.config
         if "_use_default_values" in config:  # absent on a scheduler reloaded from its saved config
             dropped = sorted(set(config._use_default_values) - _ALWAYS_HANDED_ON)
-            # The class name, which a saved config has, tells other schedulers' `from_config` whose entries these are.
+            # `from_config` of another scheduler looks at the class name to know whose entries these are. A saved
+            # config has it, one in memory has not.
             self.register_to_config(_use_default_values=dropped, _class_name=type(self).__name__)
 
         self._step_index: int | None = None
