@@ -36,12 +36,12 @@ from .common.samplers import EULER_MARUYAMA, FIXED_GRID, Sampler, time_grids
 
 
 FLOW_CALLS = (5, 8, 10, 15, 20, 40, 80, 160, 320)
-FITTED_FROM = 40  # below, the samplers are not yet in the regime of their order
+FITTED_FROM = 40  # model calls; with fewer, errors do not yet fall as the order of the sampler says
 MIXTURE_CALLS = (5, 8, 10, 15, 20, 40, 100)
 DIGITS_CALLS = (5, 8, 10, 15, 20)
 REFERENCE_CALLS = 100
 BOOTSTRAP_SEED = 0
-SEED_STRIDE = 1000  # between the batches of one --seed and those of the next
+SEED_STRIDE = 1000  # the first batch of --seed S has the seed 1000 S
 
 
 def flows(mixture_samples: int) -> list[dict[str, Any]]:
@@ -237,7 +237,7 @@ def digits_figure(result: dict[str, Any]) -> Any:
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.axhline(1.05, color="black", linewidth=0.8, linestyle=":")
     axes.set(xlabel="model calls an image", ylabel="Fréchet distance, Euler-Maruyama 100 = 1")
-    axes.set_ylim(0.6, 2.2)  # what lies above is out of the question
+    axes.set_ylim(0.6, 2.2)  # a sampler above that is not worth its steps
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
     return drawn

@@ -29,7 +29,7 @@ from .common.report import command_line, markdown_table, write_json, write_text
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "fixtures" / "golden"
 GOLDEN_MODELS = ("one_step_256", "mrar_256", "one_step_512")
-# What stays float32: names of modules of the pipeline. The sinusoid of time and the latents always do.
+# Modules that are kept in float32 in a run. The sinusoid of time and the latents are float32 in every run.
 KEPT = {
     "nothing": (),
     "time embedding": ("transformer.time_embedding", "transformer.time_modulation"),
@@ -69,7 +69,7 @@ def keep_float32(module: nn.Module, dtype: torch.dtype) -> None:
         return value.to(to) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
     module.float()
-    if hasattr(module, "config"):  # a whole model: the pipeline reads its dtype and casts for it
+    if hasattr(module, "config"):  # the pipeline casts inputs to the dtype of whole models only
         return
     module.register_forward_pre_hook(lambda _, args: cast(args, torch.float32))
     module.register_forward_hook(lambda _, args, output: cast(output, dtype))

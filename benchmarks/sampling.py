@@ -33,7 +33,7 @@ from .common.report import command_line, markdown_table, plt, save_figure, signi
 DIT_PAPER_SECONDS = 45.0
 NOISE_SEED = 1
 CHECKED_STEPS = 2
-# What tells how far the final latents are from those of a peer.
+# The entry of a result that says how far our final latents are from those of a peer.
 ERROR_NAMES = {ReleasedCode.name: "relative_error_to_released", OurFloat32.name: "relative_error_to_float32"}
 RATIOS = ("seconds", "step_seconds", "cpu_seconds", "cpu_step_seconds", "full_seconds")
 
@@ -104,7 +104,7 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     comparisons = []
     for other in others:
         comparison = {"peer": other["peer"], "over": ours["peer"], **_identity(ours)}
-        # Calls of different step counts do not compare; steps do.
+        # Calls with different numbers of steps cannot be compared; single steps can.
         same_steps = ours["steps"] == other["steps"]
         always = ("step_seconds", "cpu_step_seconds", "full_seconds")
         for name in ("seconds", "cpu_seconds", *always) if same_steps else always:
@@ -162,7 +162,7 @@ def decode_seconds(peers: Sequence[Peer], setting: Setting) -> float | None:
 def run_setting(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one setting; the memory of its models is free again afterwards."""
     peers = load_peers(setting, options.reference, options.dit, options.float32)
-    rows = measure(peers, setting, options.rounds, options.dit_steps)  # before all else: the first call may compile
+    rows = measure(peers, setting, options.rounds, options.dit_steps)  # first: a first call may compile
     steps = min(setting.steps, CHECKED_STEPS)
     errors = {
         "relative_error_to_released": relative_error(peers, ReleasedCode, setting, steps),
@@ -234,7 +234,7 @@ def main_table(result: dict[str, Any]) -> str:
             significant(row["median_full_seconds"] / row["batch_size"]),
             significant(row["paper_seconds"]),
             significant(row["flops_step"] / num_images(row) / 1e12),
-            f"{rate:.0%}" if row["dtype"] == setting["rows"][0]["dtype"] else "—",  # measured in that one's precision
+            f"{rate:.0%}" if row["dtype"] == setting["rows"][0]["dtype"] else "—",  # the rate is of that precision
             significant(row["weight_bytes"] / 1e9),
             significant(row["working_bytes"] / 1e9),
         ])  # fmt: skip

@@ -74,7 +74,7 @@ class OurStep:
         self.average = WeightAverage(module, decay=0.9999)
 
     def __call__(self, draws: Draws) -> None:
-        batch = draws.batch() | {"noise": torch.randn_like(draws.noise)}  # the released step draws within too
+        batch = draws.batch() | {"noise": torch.randn_like(draws.noise)}  # drawn in the step, as theirs is
         self.module(**batch).mean().backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
@@ -100,7 +100,9 @@ class ReleasedStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
-            for average, value in zip(self.averages, self.parameters, strict=True):  # one by one, as theirs
+            for average, value in zip(
+                self.averages, self.parameters, strict=True
+            ):  # one by one, as the released code does
                 average.mul_(0.9999).add_(value, alpha=1e-4)
 
 

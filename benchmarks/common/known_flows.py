@@ -61,7 +61,8 @@ def integrate(
     for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
         at_last_sigma = x
         noise_arguments = {"variance_noise": draw()} if takes_noise else {}
-        # Some multistep solvers round their timesteps; this is about the solver, so it gets the exact sigma.
+        # The velocity is taken at the exact sigma, because some multistep solvers round their timesteps, and the
+        # error of the solver alone is what is asked for.
         x = scheduler.step(velocity(x, sigma.item()), timestep, x, **noise_arguments, return_dict=False)[0]
     return at_last_sigma, x
 

@@ -19,7 +19,7 @@ def _attention_on_cpu(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> i
     return sdpa_flop_count(query, key, value)
 
 
-# torch counts every attention kernel but the CPU's.
+# torch counts the operations of every attention kernel except the one for CPUs.
 _CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu}
 
 

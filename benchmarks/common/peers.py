@@ -174,7 +174,7 @@ class DiT(Peer):
         start = time.perf_counter()
         self.setting = setting
         transformer = DiTTransformer2DModel(**DIT_XL_2).to(setting.device, setting.dtype).eval()
-        # The pipeline always decodes: with this VAE, for next to nothing.
+        # DiTPipeline always decodes its latents. With this tiny VAE that costs next to nothing.
         vae = AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=4)
         self.pipeline = DiTPipeline(transformer, vae.to(setting.device, setting.dtype), DDIMScheduler())
         self.pipeline.set_progress_bar_config(disable=True)

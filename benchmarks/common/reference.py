@@ -54,7 +54,7 @@ def _timm_stand_in() -> dict[str, ModuleType]:
     except ImportError:
         names = ("timm", "timm.models", "timm.models.vision_transformer")
         modules = {name: ModuleType(name) for name in names}
-        # LayerScale and DropPath are built for settings that no released model has.
+        # The released code builds LayerScale and DropPath only for settings that no released model has.
         vars(modules[names[-1]]).update(Mlp=Mlp, LayerScale=None, DropPath=None)
         return modules
 

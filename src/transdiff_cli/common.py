@@ -81,7 +81,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         if debug:
             raise
         message = " ".join(str(error).split())
-        # These name value, expectation and remedy; anything else was not foreseen, so its type helps.
+        # Errors of these types name value, expectation and remedy. Any other was not foreseen, so its type is shown.
         if not message or not isinstance(error, (ValueError, TypeError, OSError, ImportError)):
             message = f"{type(error).__name__}: {message} (--debug shows the traceback)"
         typer.echo(f"error: {message}", err=True)

@@ -56,7 +56,7 @@ def convert(
         if checkpoint is None or vae is None:
             checkpoint, vae = download_original(str(model), str(repo))
         pipe = convert_original_checkpoint(checkpoint, vae, num_attention_heads, preset, dtype=getattr(torch, dtype))
-        # Weights of a known origin get their model card; of any other file nothing is known but its shape.
+        # Only weights from the authors' repository get a model card: of another file nothing but the shapes is known.
         published = PUBLISHED.get(str(model)) if repo == ORIGINAL_REPOSITORY else None
         save_converted(pipe, output, card=published)
 

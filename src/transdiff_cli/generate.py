@@ -184,7 +184,7 @@ def _settings(
     stored = GenerationSettings.from_image(from_image)
     if stored.version != __version__:
         typer.echo(f"note: {from_image} was drawn by version {stored.version}, this is {__version__}", err=True)
-    if given.get("scheduler", SDE_SAMPLERS[0]) not in SDE_SAMPLERS:  # these have no scales to take over
+    if given.get("scheduler", SDE_SAMPLERS[0]) not in SDE_SAMPLERS:  # the new sampler has no such scales
         stored = replace(stored, drift_scale=None, diffusion_scale=None)
     settings = replace(stored, version=__version__, **given)
     # The image names a model, which may be one to download: say so before that happens.

@@ -38,7 +38,7 @@ def info(
         source = model_source(model)
         index = _pipeline_index(source)
         names = {int(class_id): name for class_id, name in (index.get("id2label") or {}).items()}
-        # Searched first: a search that finds nothing prints nothing but that.
+        # The search comes before the description, so that one which finds nothing prints its error alone.
         classes = _found(names, search) if search is not None else names
         if search is None:
             for line in _description(source, index):

@@ -120,7 +120,7 @@ class _Module:
         if isinstance(statement, ast.ClassDef) and any(_name(base) in left_out for base in statement.bases):
             kept = [ast.unparse(base) for base in statement.bases if _name(base) not in left_out]
             kept += [ast.unparse(keyword) for keyword in statement.keywords]
-            # The class line, however it was broken, ends where the body begins.
+            # The class statement may take several lines; it ends where the body begins.
             for number in range(statement.lineno, self._first_line(statement.body[0])):
                 del lines[number]
             lines[statement.lineno] = f"class {statement.name}({', '.join(kept)}):"

@@ -56,8 +56,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A neighbour, so that the rename at the end stays within one file system. The folder inside of it has the rights
-    # that the user's umask gives, which a temporary folder has not.
+    # The workplace is a neighbour, because a rename must stay within one file system. The folder is made inside of it,
+    # because a temporary folder itself can be read by its user alone.
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as workplace:
         folder = Path(workplace) / path.name
         folder.mkdir()

@@ -88,7 +88,7 @@ class GenerationSettings:
     version: str = __version__
 
     def __post_init__(self) -> None:
-        # The settings of a stranger's image come through here: nothing is taken for granted.
+        # The settings may come from the image of a stranger, so that every value and its type is checked.
         _check(isinstance(self.labels, tuple) and len(self.labels) > 0, "labels", self.labels, "class ids")
         for label in self.labels:
             _check_int("labels", label, 0, MAX_SEED)
@@ -107,7 +107,7 @@ class GenerationSettings:
         _check(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         names = ", ".join(SCHEDULER_CLASSES)
         _check(self.scheduler in (None, *SCHEDULER_CLASSES), "scheduler", self.scheduler, f"one of {names}")
-        # Both are shown in a terminal, where control characters do harm.
+        # Both are printed to a terminal, where control characters could do harm.
         _check(self.model is None or _is_name(self.model), "model", self.model, "a folder or Hub repository")
         _check(_is_name(self.version), "version", self.version, "that of the package")
 

@@ -161,7 +161,7 @@ def launch(model: str | None = None, host: str | None = None, port: int | None =
     Raises:
         ValueError, OSError: the model cannot be loaded, or the port is taken.
     """
-    # A folder's place on this machine is nobody's business.
+    # Visitors are not shown where a folder lies on this machine.
     shown = Path(model).resolve().name if model is not None and Path(model).exists() else model
     build(load_pipeline(model), shown).launch(
         server_name=host,
@@ -173,7 +173,7 @@ def launch(model: str | None = None, host: str | None = None, port: int | None =
         mcp_server=False,
         footer_links=[],
         css=CSS,
-        # Fonts of the visitor's system: the page asks no other server for anything.
+        # The page uses fonts of the visitor's system, so that it asks no other server for anything.
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     )
 

@@ -164,7 +164,7 @@ def open_picture(path: str | None) -> Image.Image:
         raise ValueError(f"the file is too large; upload at most {MAX_UPLOAD_BYTES // 2**20} MiB")
     try:
         with Image.open(path, formats=UPLOAD_FORMATS) as image:
-            # The size stands in the header: nothing is decoded before it is known to be small.
+            # The size is read from the header, so that a picture is decoded only when it is known to be small.
             too_many = image.width * image.height > MAX_UPLOAD_PIXELS
             if not too_many:
                 return ImageOps.exif_transpose(image).convert("RGB")

@@ -27,7 +27,7 @@ INDEX_NAME = DiffusionPipeline.config_name
 # The components' classes are in files of their own; the pipeline's file names them in annotations only.
 _STAND_INS = {cls.__name__: "ModelMixin" for cls in (ARConditionEncoder, TransDiffTransformer2DModel)}
 
-# What the pipeline's file does without: conversion and these methods are the package's business.
+# Base classes that the pipeline's file leaves out: converting and exporting need the package itself.
 _LEFT_OUT = ("TransDiffSingleFileMixin", "TransDiffHubMixin")
 
 _CODE_NOTE = """

@@ -27,7 +27,8 @@ Weights = Mapping[str, torch.Tensor]
 
 ENCODER, DECODER = "condition_encoder.", "transformer."
 
-# Tensors, then modules with a weight and a bias. Three targets are one fused tensor cut into queries, keys and values.
+# For the encoder and the decoder: single tensors, then modules with a weight and a bias, then the modules of a block.
+# A module with three targets is fused: its tensors are cut into queries, keys and values.
 ENCODER_TENSORS = {
     "mask_token": "mask_token",
     "encoder_pos_embed_learned": "position_embedding",

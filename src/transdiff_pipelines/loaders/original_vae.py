@@ -42,7 +42,7 @@ def load_original_vae(path: str | os.PathLike[str], dtype: torch.dtype = torch.f
 
 def _config(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     levels = range(count_blocks(weights, "encoder.down"))
-    # decoder.up.0 is the full resolution and runs last.
+    # The levels of the decoder are counted from the full resolution, decoder.up.0, which runs last.
     down_attention = [f"encoder.down.{level}.attn.0.q.weight" in weights for level in levels]
     up_attention = [f"decoder.up.{level}.attn.0.q.weight" in weights for level in reversed(levels)]
     return {

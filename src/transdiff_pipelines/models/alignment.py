@@ -1,4 +1,4 @@
-"""Weights where the processor's vector instructions like them."""
+"""Weights at memory addresses that make matrix products round the same way every time."""
 
 import torch
 from torch import nn

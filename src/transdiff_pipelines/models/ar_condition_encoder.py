@@ -146,7 +146,7 @@ class ARConditionEncoder(SavingMixin, AdapterMixin, ModelMixin, AttentionMixin, 
         if self.num_images == 1:
             return None
         sizes = (self.config.num_class_tokens, *self.group_sizes)
-        # the length is given, so that the meta device serves
+        # The output size is given, because on the meta device it cannot be computed from values.
         group = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes), output_size=sum(sizes))
         return group[:, None] >= group[None, :]
 
@@ -174,7 +174,7 @@ class ARConditionEncoder(SavingMixin, AdapterMixin, ModelMixin, AttentionMixin, 
     def _references_seen(self, past: int) -> int:
         """Reference images among the first `past` tokens."""
         num_tokens = past - self.config.num_class_tokens
-        if self.config.scales is None:  # arithmetic alone: a compiled encoder serves every length of the past
+        if self.config.scales is None:  # only arithmetic, so that a compiled encoder serves every length
             return max(num_tokens // self.group_sizes[0] - 1, 0)
         return max(sum(end <= num_tokens for end in accumulate(self.group_sizes)) - 1, 0)
 
@@ -247,7 +247,7 @@ class ARConditionEncoder(SavingMixin, AdapterMixin, ModelMixin, AttentionMixin, 
         hidden_states = torch.cat(tokens, dim=1)
 
         length = past + hidden_states.shape[1]
-        # A single group after a cached past may look everywhere.
+        # The mask hides later groups, and after a cached past a single group has none: it may look everywhere.
         mask = None if past and num_references == 1 else self._attention_mask(past, length)
         hidden_states = self.input_norm(hidden_states + self.position_embedding[:, past:length])
         for i, block in enumerate(self.transformer_blocks):

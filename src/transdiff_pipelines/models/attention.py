@@ -37,7 +37,7 @@ class TransDiffAttnProcessor:
         query, key, value = attn.project(hidden_states, encoder_hidden_states)
         if cache is not None:
             key, value = cache.extend(key, value)
-        if len(key) != len(query):  # keys and values computed once for a batch that is tiled
+        if len(key) != len(query):  # the batch is tiled, its keys and values were computed once
             key, value = (states.repeat(len(query) // len(states), 1, 1) for states in (key, value))
         query, key, value = (states.unflatten(-1, (-1, attn.head_dim)) for states in (query, key, value))
         hidden_states = dispatch_attention_fn(
@@ -86,7 +86,7 @@ class TransDiffAttention(nn.Module, AttentionModuleMixin):
         self.dropout = dropout
 
         source_dim = dim if cross_attention_dim is None else cross_attention_dim
-        # made by fuse_projections
+        # These two exist only after `fuse_projections`.
         self.to_qkv: nn.Linear
         self.to_kv: nn.Linear
         self.to_q = nn.Linear(dim, self.inner_dim)

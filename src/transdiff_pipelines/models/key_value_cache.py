@@ -1,4 +1,4 @@
-"""What attention has computed and need not compute again. A cache lives as long as the call that made it.
+"""Keys and values that attention has computed, so that it need not compute them again for the next tokens.
 
 Shapes: B batch, T tokens, D width.
 """

@@ -241,7 +241,7 @@ class TransDiffTransformer2DModel(SavingMixin, AdapterMixin, ModelMixin, Attenti
             conditions = [self.condition_projection(encoder_hidden_states)] * len(self.transformer_blocks)
         else:
             conditions = encoder_hidden_states
-        # One timestep for the whole batch stays one row: its modulation is computed once and broadcast.
+        # A timestep for the whole batch is not expanded, so that its modulation is computed once and broadcast.
         time_embedding, modulation = self.embed_time(timestep, tokens.dtype)
         modulations = [modulation] * len(self.transformer_blocks)
         if next_timestep is not None:

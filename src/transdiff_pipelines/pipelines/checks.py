@@ -37,7 +37,7 @@ _UNFIT_SCHEDULERS = {
     "FlowMatchLCMScheduler": "it noises the predicted image anew at every step, which only a distilled model allows",
 }
 
-# Options of the schedulers that fit: the value that does not, and why.
+# Options of schedulers that fit: the value with which they do not fit, and why.
 _UNFIT_OPTIONS = {
     "stochastic_sampling": (True, "it noises the predicted image anew at every step, as if the model were distilled"),
     "invert_sigmas": (True, "it goes from the image to the noise"),
@@ -46,7 +46,7 @@ _UNFIT_OPTIONS = {
     "use_dynamic_shifting": (True, "it wants a shift for each resolution, and the model knows one resolution"),
 }
 
-# Options that one scheduler alone cannot have here.
+# The same for options that only one of the schedulers cannot have.
 _UNFIT_OPTIONS_OF = {
     "UniPCMultistepScheduler": {
         "solver_type": ("bh1", "it gives NaN on this flow"),
@@ -54,7 +54,7 @@ _UNFIT_OPTIONS_OF = {
     }
 }
 
-# Schedulers whose custom sigmas are not those of the others: a list that ends with 0.
+# These schedulers want the 0 at the end of custom sigmas, which the others append themselves.
 _OWN_FORM_OF_SIGMAS = ("LTXEulerAncestralRFScheduler",)
 
 _NOISE_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
@@ -123,7 +123,7 @@ def check_components(
                 f"the condition encoder takes {encoder.config.in_channels} latent channels, the transformer "
                 f"{transformer.config.in_channels}; they belong to different models"
             )
-        # A 1-step encoder reads no image, so the published 512 px model keeps the 256 px one's size.
+        # A 1-step encoder reads no image, so its size does not matter: the published 512 px model has that of 256 px.
         if encoder.num_images > 1 and encoder.config.sample_size != transformer.config.sample_size:
             raise ValueError(
                 "an AR sequence feeds the transformer's images back, but its sample_size is "
@@ -190,7 +190,7 @@ def check_scheduler(scheduler: SchedulerMixin | None) -> None:
             raise ValueError(f"{name} has {option}={value!r}: {reason}; make it with {option} left at its default")
     if name in _MULTISTEP_SCHEDULERS:
         for option in _NOISE_SPACINGS:
-            # UniPC alone turns the noise levels that Karras' spacing works with back into those of a flow.
+            # Karras' spacing works with noise levels of another kind, and only UniPC turns them back into a flow's.
             if config.get(option) and (name, option) != ("UniPCMultistepScheduler", "use_karras_sigmas"):
                 raise ValueError(
                     f"{name} has {option}=True: it takes the place of the flow's sigmas and gives NaN; set it to False"

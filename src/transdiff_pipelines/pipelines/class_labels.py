@@ -12,7 +12,7 @@ import torch
 ClassLabels = int | str | Iterable[int | str] | torch.Tensor | np.ndarray
 
 
-# So many are listed in an error.
+# An error lists the names of a class set if there are no more than this.
 FEW_NAMES = 20
 
 
@@ -26,7 +26,8 @@ class ClassNames:
     def __init__(self, id2label: Mapping[Any, str] | None):
         ids_by_name: dict[str, list[int]] = defaultdict(list)
         for class_id, names in (id2label or {}).items():
-            # A name of its own, beside its synonyms: the full string tells "crane" the machine from the bird's class.
+            # The whole string is a name too, beside its synonyms: "crane" alone may mean two classes, and only the
+            # whole string tells the machine from the bird.
             for name in dict.fromkeys([names, *(part.strip() for part in names.split(","))]):
                 ids_by_name[name].append(int(class_id))
         self.ids_by_name = dict(ids_by_name)
@@ -94,7 +95,7 @@ def parse_class_labels(class_labels: ClassLabels, names: ClassNames, num_classes
 
     ids = []
     for label in given:
-        # bool is an int to Python, numpy integers are not
+        # To Python a bool is an int, and a numpy integer is not.
         if isinstance(label, bool) or not (isinstance(label, str) or hasattr(label, "__index__")):
             raise TypeError(f"class label {label!r} is a {type(label).__name__}; expected a class id or name")
         class_id = names.id_of(label) if isinstance(label, str) else int(label)

@@ -83,7 +83,8 @@ class LabelCondition:
             self._images_left -= images.shape[1]
         self._tokens = tokens
         if self._images_left == 1:
-            # Nothing follows the last image, so the memory is free while it is made and decoded.
+            # The encoder is not called after the last image, so its keys and values are dropped before that image is
+            # made and decoded, when memory is needed most.
             self._cache = self._tokens = None
         return tokens
 
@@ -92,8 +93,8 @@ class LabelCondition:
         distinct = list(dict.fromkeys(self._rows))
         distinct_labels = torch.tensor(distinct, device=self._encode.device)
         row_of = torch.tensor([distinct.index(label) for label in self._rows], device=self._encode.device)
-        # A compiled encoder need not find out by recompiling that the number of distinct labels changes from call to
-        # call, and the length of the past from image to image.
+        # The number of distinct labels changes from call to call, and the length of the past from image to image. A
+        # compiled encoder is told, so that it does not recompile to find out.
         maybe_mark_dynamic(distinct_labels, 0)
         condition = self._encode(distinct_labels, None, self._cache)[row_of]
         for layer in self._cache or []:

@@ -11,7 +11,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
-from ..latents import noise_latents
+from ..latents import noise_latents, renoise_latents
 from .checks import CallSettings, check_count, check_present, check_strength
 from .conditions import LabelCondition
 from .image_inputs import check_images, check_masks, common_batch_size, is_latents
@@ -69,7 +69,8 @@ class Edit:
 
     def noised(self, index: int) -> torch.Tensor:
         """The images' latents at `sigmas[index]` (Eq. 4); at the grid's start pure noise, as in plain generation."""
-        # Not by the schedulers' `scale_noise` or `add_noise`, which read different parts of the run's state.
+        # The schedulers' own `scale_noise` and `add_noise` will not do: they read the state of a run, each another
+        # part of it.
         sigma = self.sigmas[index]
         return self.noise if index == 0 else noise_latents(self.image_latents, self.noise, sigma)
 
@@ -104,10 +105,9 @@ def resampling_runs(steps: range, jump_length: int, jump_n_sample: int) -> list[
 def jump_back(
     latents: torch.Tensor, sigma: float, sigma_to: float, generator: torch.Generator | list[torch.Generator] | None
 ) -> torch.Tensor:
-    """Noise latents from σ to a larger σ': x' = a x + sqrt(σ'² - a² σ²) ε with a = (1 - σ') / (1 - σ)."""
-    scale = (1 - sigma_to) / (1 - sigma)
+    """Latents at σ with fresh noise up to a larger σ', see `renoise_latents`."""
     noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-    return scale * latents + (sigma_to**2 - (scale * sigma) ** 2) ** 0.5 * noise
+    return renoise_latents(latents, noise, sigma, sigma_to)
 
 
 class TransDiffEditingPipeline(TransDiffPipeline):
@@ -120,7 +120,7 @@ class TransDiffEditingPipeline(TransDiffPipeline):
     def _edit(self, settings: CallSettings, inputs: EditInputs, references: References) -> Any:
         """Encode the image, denoise it under the class, decode and composite."""
         with self._begin_call(settings) as call:
-            # The noise comes first, as in plain generation.
+            # The noise is drawn before anything else, so that strength 1 starts from that of plain generation.
             noise = self.prepare_latents(inputs.batch_size, settings.generator, settings.latents)
             edit = self._start_edit(settings, inputs, noise)
             on_step_end = self._step_callback(settings)

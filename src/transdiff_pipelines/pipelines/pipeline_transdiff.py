@@ -65,10 +65,10 @@ from .reference_images import ReferenceImages, load_references
 from .vae import decode, encode_to_mode, vae_config
 
 
-# float32 sigmas of a grid against the bounds of an interval.
+# A σ of the grid may miss a bound of the interval by this much, because the grid is float32.
 SIGMA_TOLERANCE = 1e-5
 
-# Index of the step, its timestep, and the tensors of the loop; to replacements for these.
+# Called with the index of a step, its timestep and the tensors of the loop; returns replacements for these.
 StepCallback = Callable[[int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
@@ -112,7 +112,8 @@ class CallState:
     interrupt: bool = False
 
 
-# The state of the call that runs in this thread, by the id of its pipeline: a callback may call another pipeline.
+# The calls that run in this thread, by the id of their pipeline. There may be several, because a callback may call
+# another pipeline.
 _CALLS: ContextVar[Mapping[int, CallState]] = ContextVar("transdiff_calls")
 
 
@@ -152,8 +153,9 @@ class TransDiffPipeline(
         transformer: TransDiffTransformer2DModel,
         vae: AutoencoderKL | ModelMixin | None,
         scheduler: SchedulerMixin,
-        id2label: dict | None = None,
-        guidance_scale: float | list | None = None,
+        # diffusers warns of values that are not of these types, and JSON knows neither int keys nor float from int.
+        id2label: dict | None = None,  # type: ignore[type-arg]
+        guidance_scale: float | list | None = None,  # type: ignore[type-arg]
     ):
         super().__init__()
         check_components(condition_encoder, transformer, vae)
@@ -174,8 +176,8 @@ class TransDiffPipeline(
         self.vae_scale_factor = vae_stride(vae_config(vae))
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
-        # The last call to have begun. Read outside of any call, as diffusers' pipelines are; and set, by a thread that
-        # ends the call of another one.
+        # The call that began last. Outside of a call the properties below show it, as those of diffusers' pipelines
+        # do, and another thread ends it by setting `_interrupt`.
         self._last_call = CallState(scheduler)
 
     @classmethod
@@ -266,7 +268,7 @@ class TransDiffPipeline(
         num_classes = self.condition_encoder.config.num_classes
         if not isinstance(class_labels, torch.Tensor):
             class_labels = torch.tensor(parse_class_labels(class_labels, self._class_names, num_classes))
-        elif class_labels.device.type == "cpu":  # elsewhere a look at the ids would wait for the device
+        elif class_labels.device.type == "cpu":  # on a GPU, reading the ids would wait for it
             parse_class_labels(class_labels, self._class_names, num_classes + 1)
         class_labels = class_labels[None] if class_labels.ndim == 0 else class_labels
         class_labels = class_labels.to(self._execution_device)
@@ -348,7 +350,7 @@ class TransDiffPipeline(
             step_kwargs["generator"] = generator
 
         with self.progress_bar(total=len(steps)) as progress:
-            # The bar of the sequence stays on the screen, those of its images come and go.
+            # In a sequence only the bar of the images stays on the screen; the bar of an image's steps goes with it.
             progress.leave = self._images_in_sequence == 1
             for i in indices:
                 if call.interrupt:
@@ -393,7 +395,7 @@ class TransDiffPipeline(
         else:
             condition = conditional_half(condition, latents.shape[0])
         if isinstance(condition, torch.Tensor):
-            timestep = timestep.expand(model_input.shape[0])  # FasterCache takes every tensor's conditional half
+            timestep = timestep.expand(model_input.shape[0])  # FasterCache halves every tensor
         with self.transformer.cache_context("denoise"):
             velocity = self.transformer(
                 hidden_states=model_input.to(self.transformer.dtype),
@@ -410,8 +412,8 @@ class TransDiffPipeline(
     def _guided_steps(self, timesteps: torch.Tensor, interval: tuple[float, float] | None) -> list[bool]:
         """Which steps need the unconditional branch: those whose σ lies in the interval, or all, or none."""
         if interval is None or not self.do_classifier_free_guidance:
-            return [self.do_classifier_free_guidance] * len(timesteps)  # without a look at the device
-        # Not from the timesteps, which some schedulers round. A float32 sigma of the grid may miss its own bound.
+            return [self.do_classifier_free_guidance] * len(timesteps)  # reads no σ from the device
+        # The σ are not computed from the timesteps, because some schedulers round these.
         low, high = interval[0] - SIGMA_TOLERANCE, interval[1] + SIGMA_TOLERANCE
         return [low <= sigma <= high for sigma in self.scheduler.sigmas[: len(timesteps)].tolist()]
 
@@ -540,7 +542,7 @@ class TransDiffPipeline(
         )
         with self._begin_call(settings) as call:
             source = self._condition_source(settings, condition_embeds, negative_condition_embeds)
-            # One initial noise for all images of the sequence: only the condition and the steps' noise differ.
+            # All images of the sequence start from the same noise: only their condition and their steps' noise differ.
             noise = self.prepare_latents(source.batch_size, generator, latents)
             references = None
             if reference_images is not None:
@@ -650,7 +652,7 @@ class TransDiffPipeline(
                 yield call
             finally:
                 _CALLS.reset(token)
-                # The rest can be read when the call has ended.
+                # What is not reset here can be read when the call has ended.
                 call.current_ar_step = call.current_timestep = call.attention_kwargs = None
 
     def _condition_source(

@@ -89,7 +89,9 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
         self.num_inference_steps: int | None = None
 
     @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+    def extract_init_dict(
+        cls, config_dict: dict[str, Any], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """What `from_config` hands to `__init__`: with the entries that somebody changed in a copy of a config.
 
         diffusers drops every entry that the config lists as left at its default, also one that was changed since.

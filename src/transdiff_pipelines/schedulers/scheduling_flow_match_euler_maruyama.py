@@ -51,7 +51,7 @@ class FlowMatchEulerMaruyamaScheduler(FlowMatchSDEScheduler):
         # Eq. 18: dx = drift_scale * [(2 - sigma) v + x] dsigma + diffusion_scale * sqrt(2 sigma) dW
         drift = (2 - sigma) * velocity + x
         if sigma_next == 0:
-            # The mean only: neither scale enters the step to sigma 0.
+            # The last step goes to the mean: it adds no noise, and neither scale enters it.
             return x + drift * dsigma
         x = x + self.config.drift_scale * drift * dsigma
         if noise is None:
