@@ -232,7 +232,7 @@ class Trainer:
         for batch in micro_batches:
             with self.watch.timing("encoding"):
                 batch = self.to_latents(batch)
-            with self.accelerator.accumulate(self.engine.model), self.watch.timing("passes"):
+            with self.engine.accumulating(), self.watch.timing("passes"):
                 with self.accelerator.autocast():
                     losses = self.engine.model(**batch)
                 self.engine.backward(losses.mean())

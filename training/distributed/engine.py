@@ -11,6 +11,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,10 +68,13 @@ class Engine(ABC):
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
+    def accumulating(self) -> AbstractContextManager[None]:
+        """Around forward and `backward` of a batch; of the batches of a step the last one exchanges the gradients."""
+        return self.accelerator.accumulate(self.model)
+
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a scalar loss, divided by the number of accumulated batches; they are exchanged with
-        the other processes in the last of these batches.
+        """Add the gradients of a scalar loss, divided by the number of accumulated batches.
 
         A loss that is not finite turns all gradients into nan, so that no process takes the step.
         """

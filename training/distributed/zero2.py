@@ -10,7 +10,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -57,6 +57,9 @@ class Zero2Engine(Engine):
         self.optimizer: torch.optim.Optimizer = self.sharded.optimizer
         # AdamW steps these: for each parameter group a flat copy of this process's share of the weights.
         self.parts = [part for group in self.optimizer.param_groups for part in group["params"]]
+
+    def accumulating(self) -> AbstractContextManager[None]:
+        return self.accelerator.accumulate()  # DeepSpeed is told in `backward`; its own `no_sync` is not for ZeRO-2
 
     def backward(self, loss: Tensor) -> None:
         spoiled = spoiled_if_bad(loss / self.accelerator.gradient_accumulation_steps)
