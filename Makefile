@@ -36,8 +36,8 @@ demo: $(VENV)/.base ## draw several of each digit with the bundled model into di
 test: $(VENV)/.test ## run the tests (minutes on two cores)
 	$(PYTEST) -m "not slow and not browser"
 
-# All tests that `make test` runs, as on other processors: once without vector instructions newer than SSE 4.2, once with
-# AVX2, two threads and sums that round by their shapes, in random order. Another kind of processor ignores the limits.
+# All tests of `make test`, as on other processors: once without vector instructions newer than SSE 4.2, once with AVX2,
+# two threads and sums that round by their shapes, in random order. Another kind of processor ignores the limits.
 SHUFFLE ?= $(shell date +%s)
 test-portable: $(VENV)/.test ## run the tests as on other processors, with two threads, in random order
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
