@@ -76,6 +76,7 @@ both_ways = pytest.mark.parametrize("way", ["file", "override"])
         ("preview.labels", "[010, 2]", [10, 2]),
         ("lora.rank", "null", None),
         ("data.subset", "'None'", "None"),
+        ("data.images", '""', None),
     ],
 )
 def test_the_type_of_a_field_decides_how_it_is_read(tmp_path, way: str, key: str, text: str, meant: object) -> None:

@@ -118,7 +118,8 @@ def convert(value: Any, hint: Any, path: str) -> Any:
     if isinstance(value, Plain):
         refuse_perhaps_null(value, inner, optional, path)
     if optional:
-        return None if is_null(value) else convert(value, inner, path)
+        empty_path = value == "" and get_origin(inner) is Annotated  # in quotes, so not by accident
+        return None if is_null(value) or empty_path else convert(value, inner, path)
     require(not is_null(value), expected)
     if origin is Annotated:
         return read_path(value, path)
