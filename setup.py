@@ -23,7 +23,7 @@ BASE = [
     "safetensors>=0.8,<1",
     "huggingface_hub>=1.23,<3",
     "peft>=0.18,<1",
-    "typer>=0.16,<1",
+    "typer>=0.20,<1",  # Literal types
     "numpy>=2",
     "Pillow>=11",
 ]
