@@ -39,9 +39,12 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run, with `~` expanded in paths: no shell does that in `--output=~/name`."""
-        ctx.params = {
-            name: value.expanduser() if isinstance(value, Path) else value for name, value in ctx.params.items()
-        }
+        for parameter in self.params:
+            name, value = parameter.name, ctx.params.get(parameter.name)
+            # typer 0.20 makes Paths of the strings later; its parameters have click's types.
+            kind = getattr(getattr(parameter, "type", None), "name", "")
+            if isinstance(value, Path) or (isinstance(value, str) and kind in ("path", "file", "directory")):
+                ctx.params[name] = type(value)(os.path.expanduser(value))
         return super().invoke(ctx)
 
     def _arguments_by_place(self, args: list[str]) -> list[tuple[tuple[str, str], list[str]]]:
