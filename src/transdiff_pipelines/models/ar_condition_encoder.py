@@ -23,7 +23,7 @@ from .attention import (
     TransDiffAttention,
     feed_forward,
     initialize_linear_and_norm_weights,
-    lora_scale,
+    scaled_lora,
 )
 from .key_value_cache import KeyValueCache
 from .saving import SavingMixin
@@ -218,7 +218,7 @@ class ARConditionEncoder(SavingMixin, AdapterMixin, ModelMixin, AttentionMixin, 
         if class_labels.ndim != 1:
             raise ValueError(f"class_labels has shape {tuple(class_labels.shape)}; expected one label a sample, (B,)")
         past = cache[0].length if cache else 0
-        with lora_scale(self, attention_kwargs):
+        with scaled_lora(self, attention_kwargs):
             features = self._encode(class_labels, reference_latents, cache, past)
         first = max(past - self.config.num_class_tokens, 0)
         condition = features + self.condition_position_embedding[:, first : first + features.shape[1]]

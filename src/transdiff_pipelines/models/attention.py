@@ -160,7 +160,7 @@ def check_attention_kwargs(attention_kwargs: Any) -> float:
 
 
 @contextmanager
-def lora_scale(model: nn.Module, attention_kwargs: dict[str, Any] | None) -> Iterator[None]:
+def scaled_lora(model: nn.Module, attention_kwargs: dict[str, Any] | None) -> Iterator[None]:
     """Weigh the model's active LoRA adapters by `attention_kwargs["scale"]`, if given.
 
     diffusers' decorator `apply_lora_scale` would do, but its wrapper is one piece of code for all models, so that

@@ -24,7 +24,7 @@ from .attention import (
     TransDiffAttention,
     feed_forward,
     initialize_linear_and_norm_weights,
-    lora_scale,
+    scaled_lora,
 )
 from .key_value_cache import KeyValue
 from .saving import SavingMixin
@@ -181,7 +181,7 @@ class TransDiffTransformer2DModel(SavingMixin, AdapterMixin, ModelMixin, Attenti
         They depend on the condition alone: computed once, they serve every denoising step in place of the tokens, and
         in training every timestep: k latents may share a condition, in a batch of B conditions tiled k times.
         """
-        with lora_scale(self, attention_kwargs):
+        with scaled_lora(self, attention_kwargs):
             condition = self.condition_projection(encoder_hidden_states)
             return [layer.project_key_value(condition) for layer in self.cross_attentions]
 
@@ -221,7 +221,7 @@ class TransDiffTransformer2DModel(SavingMixin, AdapterMixin, ModelMixin, Attenti
                 )
             next_timestep = torch.as_tensor(next_timestep, device=hidden_states.device).reshape(-1)
 
-        with lora_scale(self, attention_kwargs):
+        with scaled_lora(self, attention_kwargs):
             tokens = self._predict_tokens(hidden_states, timestep, next_timestep, encoder_hidden_states)
         sample = unpack_latents(tokens, self.config.patch_size, height, width)
         if not return_dict:
