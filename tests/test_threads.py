@@ -114,7 +114,7 @@ def test_a_callback_sees_its_own_call():
     def watch(pipe, step, timestep, tensors):
         state = (pipe.current_ar_step, pipe.guidance_scale, pipe.num_timesteps, len(pipe.scheduler.timesteps))
         assert pipe.current_timestep == timestep == pipe.scheduler.timesteps[step % state[-1]]
-        assert pipe.attention_kwargs == {"mine": state[-1]}
+        assert pipe.attention_kwargs == {"scale": state[-1]}
         seen.setdefault(state[-1], []).append((step, *state[:-1]))
         pipe._guidance_scale += 1.0
         pipe._interrupt = state[-1] == 3 and step == 4
@@ -126,7 +126,7 @@ def test_a_callback_sees_its_own_call():
             options = {
                 "num_inference_steps": steps,
                 "guidance_scale": float(steps),
-                "attention_kwargs": {"mine": steps},
+                "attention_kwargs": {"scale": float(steps)},
             }
             threads.submit(call(pipe, 1, steps, **options), meeting)
     expected = {

@@ -11,6 +11,8 @@ from typing import Any
 from diffusers import DiffusionPipeline, FasterCacheConfig, ModelMixin
 from torch import nn
 
+from ..models.attention import check_attention_kwargs
+
 
 def has_hooked_parts(model: nn.Module) -> bool:
     """Whether hooks must see the model's own `forward` run.
@@ -29,7 +31,7 @@ def state_held_by(models: Sequence[nn.Module], attention_kwargs: Mapping[str, An
             return f"the cache of {type(model).__name__}"
     if any(_has_diffusers_hook(part) or _moves_weights(part) for part in parts):
         return "a hook (offloading, layerwise casting, layer skipping)"
-    scale = (attention_kwargs or {}).get("scale", 1.0)
+    scale = check_attention_kwargs(attention_kwargs)
     if scale != 1.0 and any(hasattr(part, "scale_layer") for part in parts):
         return f"attention_kwargs={{'scale': {scale}}}, which weighs the LoRA layers,"
     return None

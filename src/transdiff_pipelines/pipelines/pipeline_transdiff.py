@@ -30,6 +30,7 @@ from ..loaders.lora import TransDiffLoraLoaderMixin
 from ..loaders.single_file import TransDiffSingleFileMixin
 from ..models import ARConditionEncoder, TransDiffTransformer2DModel
 from ..models.alignment import align_weights
+from ..models.attention import check_attention_kwargs
 from ..models.key_value_cache import KeyValueCache
 from .checks import (
     CallSettings,
@@ -597,6 +598,7 @@ class TransDiffPipeline(
         tensor_inputs = tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
         check_output(output_type, tensor_inputs, self._callback_tensor_inputs)
         check_count("num_images_per_label", num_images_per_label)
+        check_attention_kwargs(attention_kwargs)
         grid = custom_sigmas(sigmas, timesteps, NUM_TRAIN_TIMESTEPS)
         num_inference_steps = check_steps(self.scheduler, num_inference_steps, grid)
         check_sequence_arguments(class_labels, condition_embeds, negative_condition_embeds, reference_images)
