@@ -12,10 +12,10 @@ from command import assert_one_line_error, run
 from diffusers import ModelMixin
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import tiny_pipeline
+from tiny import tiny_pipeline, tiny_transformer
 from typer.testing import Result
 
-from transdiff_pipelines import TransDiffPipeline, convert_original_checkpoint, generation, loaders
+from transdiff_pipelines import FlowMapScheduler, TransDiffPipeline, convert_original_checkpoint, generation, loaders
 from transdiff_pipelines.generation import SCHEDULER_CLASSES, GenerationSettings
 
 
@@ -96,12 +96,28 @@ def test_grid_has_a_row_for_each_label_or_is_nearly_square(
     assert [grid.getpixel((i % columns, i // columns))[0] for i in range(number)] == list(range(number))
 
 
-@pytest.mark.parametrize("name", list(SCHEDULER_CLASSES))
+@pytest.mark.parametrize("name", [name for name in SCHEDULER_CLASSES if name != "flow-map"])
 def test_scheduler_by_name(model: str, name: str) -> None:
     result = generate(model, 0, "--scheduler", name, "--output", "out.png")
     assert result.exit_code == 0, result.output
     assert f"2 steps of {name}, " in result.stdout
     assert pixels("out.png").std() > 0
+
+
+def test_a_flow_map_is_drawn_with_the_steps_it_recommends(model: str, tmp_path: Path) -> None:
+    transformer = tiny_transformer(num_flow_map_layers=1)
+    pipe = tiny_pipeline(transformer=transformer, scheduler=FlowMapScheduler(), num_inference_steps=3)
+    pipe.save_pretrained(tmp_path / "student")
+    result = run("generate", "--model", tmp_path / "student", 0, "--output", "out.png")
+    assert result.exit_code == 0, result.output
+    assert "3 steps of flow-map, " in result.stdout
+    assert GenerationSettings.from_image("out.png").num_inference_steps == 3
+    assert "guidance 1.3, 3 steps" in run("info", tmp_path / "student").stdout
+    again = run("generate", "--from", "out.png", "--output", "again.png")
+    assert again.exit_code == 0, again.output
+    np.testing.assert_array_equal(pixels("again.png"), pixels("out.png"))
+    assert "100 steps of euler, " in run("generate", "-m", tmp_path / "student", 0, "--scheduler", "euler").stdout
+    assert_one_line_error(generate(model, 0, "--scheduler", "flow-map"), "FlowMapScheduler", "velocity model")
 
 
 def test_sampling_options_reach_the_sampler(model: str) -> None:

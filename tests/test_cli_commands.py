@@ -116,7 +116,7 @@ def test_info_of_a_pipeline(model: str) -> None:
         assert re.search(rf"{name} +{type(part).__name__} +{part.num_parameters():,} parameters", result.stdout), name
     assert re.search(r"scheduler +FlowMatchEulerMaruyamaScheduler\n", result.stdout)
     assert "images: 8 x 8 pixels, MRAR, 4 to a sequence" in result.stdout
-    assert "recommended: guidance 1.3, drift scale 0.9, diffusion scale 0.95" in result.stdout
+    assert "recommended: guidance 1.3, drift scale 0.9, diffusion scale 0.95, 100 steps" in result.stdout
     assert re.search(r"classes: 5\n +0  tench, Tinca tinca\n +1  goldfish\n", result.stdout)
 
 

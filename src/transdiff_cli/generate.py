@@ -21,7 +21,7 @@ MAX_CLASSES_BY_DEFAULT = 20
 """`generate` without labels draws every class of a model that has no more than this."""
 
 # The keys of `generation.SCHEDULER_CLASSES`, which takes seconds to import.
-SchedulerName = Literal["euler-maruyama", "sde-multistep", "euler", "heun", "dpm-solver", "unipc"]
+SchedulerName = Literal["euler-maruyama", "sde-multistep", "flow-map", "euler", "heun", "dpm-solver", "unipc"]
 
 
 def generate(
@@ -74,7 +74,11 @@ def generate(
     steps: Annotated[
         int | None,
         typer.Option(
-            "--num-inference-steps", "--steps", min=1, help="Denoising steps for each image.", show_default="100"
+            "--num-inference-steps",
+            "--steps",
+            min=1,
+            help="Denoising steps for each image.",
+            show_default="the model's recommendation, or 100",
         ),
     ] = None,
     scheduler: Annotated[

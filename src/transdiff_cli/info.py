@@ -70,6 +70,7 @@ def _description(source: str, index: Mapping[str, Any]) -> Iterator[str]:
     from diffusers import ModelMixin
 
     from transdiff_pipelines.latents import vae_stride
+    from transdiff_pipelines.presets import DEFAULT_NUM_INFERENCE_STEPS
 
     configs = {}
     yield f"{source}: {index['_class_name']}"
@@ -89,7 +90,8 @@ def _description(source: str, index: Mapping[str, Any]) -> Iterator[str]:
     yield f"images: {side} x {side} pixels, {'1-step' if images == 1 else f'MRAR, {images} to a sequence'}"
     scheduler = configs["scheduler"]
     scales = scheduler.get("drift_scale"), scheduler.get("diffusion_scale")
-    yield f"recommended: {scales_in_words(index.get('guidance_scale'), *scales)}"
+    steps = index.get("num_inference_steps") or DEFAULT_NUM_INFERENCE_STEPS
+    yield f"recommended: {scales_in_words(index.get('guidance_scale'), *scales)}, {steps} steps"
     yield f"classes: {encoder['num_classes']}" + ("" if index.get("id2label") else ", without names")
 
 

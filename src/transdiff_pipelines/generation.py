@@ -30,12 +30,15 @@ from .pipelines import TransDiffPipeline
 SCHEDULER_CLASSES: dict[str, str] = {
     "euler-maruyama": "FlowMatchEulerMaruyamaScheduler",
     "sde-multistep": "FlowMatchSDEMultistepScheduler",
+    "flow-map": "FlowMapScheduler",
     "euler": "FlowMatchEulerDiscreteScheduler",
     "heun": "FlowMatchHeunDiscreteScheduler",
     "dpm-solver": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-"""The samplers that were tried on this flow: two of the paper's SDE, then diffusers' of the probability-flow ODE."""
+"""The samplers that were tried on this flow: two of the paper's SDE, that of flow maps, then diffusers' of the
+probability-flow ODE.
+"""
 
 SDE_SAMPLERS = ("euler-maruyama", "sde-multistep")
 """Those that have a drift and a diffusion scale."""
@@ -62,7 +65,8 @@ class GenerationSettings:
         seed: 0..2^63-1, of the first image.
         guidance_scale: 0..1000, one number, or one for each image of the AR sequence; None is the model's
             recommendation.
-        num_inference_steps: denoising steps for each image of the AR sequence, 1..10,000.
+        num_inference_steps: denoising steps for each image of the AR sequence, 1..10,000; None is the model's
+            recommendation, or else 100.
         scheduler: a key of `SCHEDULER_CLASSES`; None is the model's own.
         drift_scale, diffusion_scale: of the SDE samplers, 0..1000; None is the model's own.
         dtype: number format of the weights, one of `DTYPES`.
@@ -79,7 +83,7 @@ class GenerationSettings:
     count: int = 1
     seed: int = 0
     guidance_scale: float | tuple[float, ...] | None = None
-    num_inference_steps: int = 100
+    num_inference_steps: int | None = None
     scheduler: str | None = None
     drift_scale: float | None = None
     diffusion_scale: float | None = None
@@ -96,7 +100,8 @@ class GenerationSettings:
         if self.num_images > MAX_IMAGES:
             raise ValueError(f"{self.num_images:,} images are asked for; draw at most {MAX_IMAGES:,} at a time")
         _check_int("seed", self.seed, 0, MAX_SEED - self.num_images)
-        _check_int("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
+        if self.num_inference_steps is not None:
+            _check_int("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
         _check_int("batch_size", self.batch_size, 1, MAX_IMAGES)
         _check(self.guidance_scale != (), "guidance_scale", self.guidance_scale, "one number or more")
         for name in ("guidance_scale", "drift_scale", "diffusion_scale"):
@@ -128,16 +133,17 @@ class GenerationSettings:
         """With what is left to the model filled in, so that a later change of its defaults does not matter."""
         guidance = pipe.config.guidance_scale if self.guidance_scale is None else self.guidance_scale
         guidance = 1.0 if guidance is None else guidance
-        config = make_scheduler(pipe.scheduler, self.scheduler, self.drift_scale, self.diffusion_scale).config
-        names = {class_name: name for name, class_name in SCHEDULER_CLASSES.items()}
-        scheduler = self.scheduler or names.get(type(pipe.scheduler).__name__)
+        own = make_scheduler(pipe.scheduler, self.scheduler, self.drift_scale, self.diffusion_scale)
+        scheduler = self.scheduler or own_sampler(pipe)
         has_scales = scheduler in SDE_SAMPLERS
+        steps = self.num_inference_steps or with_scheduler(pipe, own).recommended_num_inference_steps
         return replace(
             self,
+            num_inference_steps=steps,
             guidance_scale=tuple(guidance) if isinstance(guidance, (list, tuple)) else float(guidance),
             scheduler=scheduler,
-            drift_scale=config.drift_scale if has_scales else None,
-            diffusion_scale=config.diffusion_scale if has_scales else None,
+            drift_scale=own.config.drift_scale if has_scales else None,
+            diffusion_scale=own.config.diffusion_scale if has_scales else None,
         )
 
     def png_info(self) -> PngImagePlugin.PngInfo:
@@ -234,6 +240,18 @@ def _check_scale(name: str, value: object) -> None:
 
 def _is_name(value: object) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 4096 and value.isprintable()
+
+
+def own_sampler(pipe: TransDiffPipeline) -> str | None:
+    """The name in `SCHEDULER_CLASSES` of the pipeline's scheduler, if it has one."""
+    names = {class_name: name for name, class_name in SCHEDULER_CLASSES.items()}
+    return names.get(type(pipe.scheduler).__name__)
+
+
+def samplers_for(pipe: TransDiffPipeline) -> list[str]:
+    """The names in `SCHEDULER_CLASSES` of what can sample the pipeline's model; that of flow maps no other one."""
+    is_flow_map = pipe.transformer.config.num_flow_map_layers > 0
+    return [name for name in SCHEDULER_CLASSES if is_flow_map or name != "flow-map"]
 
 
 def make_scheduler(

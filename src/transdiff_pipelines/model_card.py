@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
 from .latents import vae_stride
-from .presets import ORIGINAL_REPOSITORY, PUBLISHED, PublishedModel
+from .presets import DEFAULT_NUM_INFERENCE_STEPS, ORIGINAL_REPOSITORY, PUBLISHED, PublishedModel
 
 
 CARD_NAME = "README.md"
@@ -254,10 +254,15 @@ def _usage(
     return text
 
 
-def _settings(guidance: Any, drift: float | None, diffusion: float | None) -> str:
+def _settings(guidance: Any, drift: float | None, diffusion: float | None, steps: int | None = None) -> str:
+    argument = "an argument of the call"
     rows = [
-        ("`guidance_scale`", 1.0 if guidance is None else guidance, "`model_index.json`; an argument of the call"),
-        ("`num_inference_steps`", 100, "an argument of the call, for each image of a sequence"),
+        ("`guidance_scale`", 1.0 if guidance is None else guidance, f"`model_index.json`; {argument}"),
+        (
+            "`num_inference_steps`",
+            steps or DEFAULT_NUM_INFERENCE_STEPS,
+            f"{'`model_index.json`; ' if steps else ''}{argument}, for each image of a sequence",
+        ),
     ]
     if drift is not None:
         rows += [("`drift_scale`", drift, "the scheduler"), ("`diffusion_scale`", diffusion, "the scheduler")]
@@ -355,7 +360,10 @@ def _saved_facts(folder: Path) -> list[str]:
     )
     resolution = transformer["sample_size"] * vae_stride(vae)
     scales = scheduler.get("drift_scale"), scheduler.get("diffusion_scale")
-    return [_architecture(encoder, transformer, resolution), _settings(index.get("guidance_scale"), *scales)]
+    return [
+        _architecture(encoder, transformer, resolution),
+        _settings(index.get("guidance_scale"), *scales, index.get("num_inference_steps")),
+    ]
 
 
 def _facts(pipeline: Any) -> list[str]:
@@ -363,10 +371,10 @@ def _facts(pipeline: Any) -> list[str]:
     encoder, transformer = pipeline.condition_encoder, pipeline.transformer
     resolution = pipeline.image_side
     parameters = encoder.num_parameters() + transformer.num_parameters()
-    scales = (pipeline.scheduler.config.get(name) for name in ("drift_scale", "diffusion_scale"))
+    drift, diffusion = (pipeline.scheduler.config.get(name) for name in ("drift_scale", "diffusion_scale"))
     return [
         _architecture(encoder.config, transformer.config, resolution, parameters),
-        _settings(pipeline.config.guidance_scale, *scales),
+        _settings(pipeline.config.guidance_scale, drift, diffusion, pipeline.config.num_inference_steps),
     ]
 
 

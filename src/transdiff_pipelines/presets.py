@@ -18,6 +18,9 @@ VAE_SCALING_FACTOR = 0.2325
 
 VAE_DOWNSAMPLE_FACTOR = 16
 
+DEFAULT_NUM_INFERENCE_STEPS = 100
+"""Denoising steps of a checkpoint that recommends none, as in the paper."""
+
 
 @dataclass(frozen=True)
 class ModelSize:

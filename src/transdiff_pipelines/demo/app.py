@@ -32,7 +32,7 @@ from transdiff_pipelines.demo.request import (
     make_request,
 )
 from transdiff_pipelines.demo.view import CSS, sequence_html
-from transdiff_pipelines.generation import SCHEDULER_CLASSES, SDE_SAMPLERS, load_pipeline
+from transdiff_pipelines.generation import SDE_SAMPLERS, load_pipeline, own_sampler, samplers_for
 
 
 CONCURRENT_REQUESTS = 2
@@ -106,10 +106,12 @@ def build(pipe: TransDiffPipeline, model: str | None = None) -> gr.Blocks:
                                      elem_id="seed")  # fmt: skip
                 with gr.Accordion("Sampler", open=False):
                     scheduler = gr.Dropdown(
-                        list(SCHEDULER_CLASSES), value="euler-maruyama", label="Scheduler", elem_id="scheduler",
+                        samplers_for(pipe), value=own_sampler(pipe) or "euler-maruyama", label="Scheduler",
+                        elem_id="scheduler",
                         info="The paper's is euler-maruyama, with 100 steps.",
                     )  # fmt: skip
-                    steps = gr.Slider(1, MAX_STEPS, 50, step=1, label="Steps", elem_id="steps",
+                    steps = gr.Slider(1, MAX_STEPS, pipe.config.num_inference_steps or 50, step=1,
+                                      label="Steps", elem_id="steps",
                                       info="Denoising steps for each image of the sequence.")  # fmt: skip
                     guidance = gr.Number(
                         None, label="Guidance", minimum=0, maximum=MAX_SCALE, step=0.1, elem_id="guidance",

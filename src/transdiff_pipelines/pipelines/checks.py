@@ -153,7 +153,7 @@ def missing(name: str) -> ValueError:
     return ValueError(f"this pipeline has no {name}, which the call needs; load or make it with one{other}")
 
 
-def check_scheduler(scheduler: SchedulerMixin | None) -> None:
+def check_scheduler(scheduler: SchedulerMixin | None, transformer: TransDiffTransformer2DModel | None = None) -> None:
     """Raise ValueError for a scheduler that does not sample this flow: it would return noise, or a blurred image.
 
     diffusers' own schedulers are known by name. One from elsewhere is believed when its config says that it predicts
@@ -165,6 +165,12 @@ def check_scheduler(scheduler: SchedulerMixin | None) -> None:
         hint = f"{scheduler.__name__}.from_config(pipe.scheduler.config)" if isinstance(scheduler, type) else "one"
         raise TypeError(f"scheduler is {describe(scheduler)}; expected a scheduler of diffusers: pass {hint}")
     name, config = type(scheduler).__name__, scheduler.config
+    is_velocity_model = transformer is not None and transformer.config.num_flow_map_layers == 0
+    if is_velocity_model and hasattr(scheduler, "next_timesteps"):
+        raise ValueError(
+            f"{name} asks for average velocities over its long steps, and the transformer is a velocity model "
+            "(num_flow_map_layers=0); use another scheduler, or a checkpoint trained as a flow map"
+        )
     prediction_type = config.get("prediction_type", "flow_prediction")
     if prediction_type != "flow_prediction":
         raise ValueError(

@@ -32,6 +32,7 @@ from ..models import ARConditionEncoder, TransDiffTransformer2DModel
 from ..models.alignment import align_weights
 from ..models.attention import check_attention_kwargs
 from ..models.key_value_cache import KeyValueCache
+from ..presets import DEFAULT_NUM_INFERENCE_STEPS
 from .checks import (
     CallSettings,
     check_components,
@@ -140,6 +141,7 @@ class TransDiffPipeline(
         id2label: class id to name, or to comma-separated synonyms.
         guidance_scale: the checkpoint's recommended classifier-free guidance, one number or one for each image of
             the AR sequence; None is 1, no guidance.
+        num_inference_steps: the checkpoint's recommended denoising steps for each image; None is 100.
 
     Raises:
         ValueError: the components do not belong together, or the scheduler does not predict flow.
@@ -157,10 +159,11 @@ class TransDiffPipeline(
         # diffusers warns of values that are not of these types, and JSON knows neither int keys nor float from int.
         id2label: dict | None = None,  # type: ignore[type-arg]
         guidance_scale: float | list | None = None,  # type: ignore[type-arg]
+        num_inference_steps: int | None = None,
     ):
         super().__init__()
         check_components(condition_encoder, transformer, vae)
-        check_scheduler(scheduler)
+        check_scheduler(scheduler, transformer)
         for module in (condition_encoder, transformer, vae):
             if module is not None:
                 align_weights(module)
@@ -171,7 +174,11 @@ class TransDiffPipeline(
             id2label = {int(class_id): name for class_id, name in id2label.items()}
         if guidance_scale is not None and condition_encoder is not None:
             guidance_per_image(guidance_scale, condition_encoder.num_images)
-        self.register_to_config(id2label=id2label, guidance_scale=guidance_scale)
+        if num_inference_steps is not None:
+            check_count("num_inference_steps", num_inference_steps)
+        self.register_to_config(
+            id2label=id2label, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps
+        )
 
         self._set_labels(id2label)
         self.vae_scale_factor = vae_stride(vae_config(vae))
@@ -244,6 +251,17 @@ class TransDiffPipeline(
     def interrupt(self) -> bool:
         """Set `pipe._interrupt = True` in a callback to end the call with what is there."""
         return self._call.interrupt
+
+    @property
+    def recommended_num_inference_steps(self) -> int:
+        """Denoising steps of a call that names none: the checkpoint's own, or else 100.
+
+        What a flow map recommends are calls of its sampler; under any other it is a velocity model, which needs more.
+        """
+        recommended = self.config.num_inference_steps
+        if self.transformer.config.num_flow_map_layers > 0 and not hasattr(self.scheduler, "next_timesteps"):
+            recommended = None
+        return recommended or DEFAULT_NUM_INFERENCE_STEPS
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """Class ids of one name or a list of names.
@@ -346,6 +364,8 @@ class TransDiffPipeline(
         guided_steps = self._guided_steps(timesteps, guidance_interval)
         check_cache(self.transformer, guided_steps)
         projected = self._project_condition(condition)
+        # A sampler of flow maps says where each of its calls goes.
+        next_timesteps = getattr(self.scheduler, "next_timesteps", None)
         step_kwargs: dict[str, Any] = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator
@@ -361,7 +381,8 @@ class TransDiffPipeline(
                     # of a batch of another size: it must not hand them out for this step.
                     self.transformer._reset_stateful_cache()
                 call.current_timestep = timestep = timesteps[i]
-                velocity = self._predict_velocity(latents, timestep, projected, guided_steps[i])
+                next_timestep = None if next_timesteps is None else next_timesteps[i]
+                velocity = self._predict_velocity(latents, timestep, projected, guided_steps[i], next_timestep)
                 latents = self.scheduler.step(velocity, timestep, latents, **step_kwargs, return_dict=False)[0]
                 if on_step_end is not None:
                     replaced = on_step_end(i, timestep, {"latents": latents, "condition": condition})
@@ -385,9 +406,14 @@ class TransDiffPipeline(
         return self.transformer.project_condition(condition, attention_kwargs=self.attention_kwargs)
 
     def _predict_velocity(
-        self, latents: torch.Tensor, timestep: torch.Tensor, condition: Condition, guided: bool
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        condition: Condition,
+        guided: bool,
+        next_timestep: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Guided velocity `(B, C, s, s)`, in the dtype of the latents."""
+        """Guided velocity `(B, C, s, s)`, of a flow map that to the next timestep, in the dtype of the latents."""
         model_input = latents
         if hasattr(self.scheduler, "scale_model_input"):
             model_input = self.scheduler.scale_model_input(model_input, timestep)
@@ -397,6 +423,8 @@ class TransDiffPipeline(
             condition = conditional_half(condition, latents.shape[0])
         if isinstance(condition, torch.Tensor):
             timestep = timestep.expand(model_input.shape[0])  # FasterCache halves every tensor
+        # The next time stays one for the batch: FasterCache does not know it, and leaves it as it is.
+        going = {} if next_timestep is None else {"next_timestep": next_timestep}
         with self.transformer.cache_context("denoise"):
             velocity = self.transformer(
                 hidden_states=model_input.to(self.transformer.dtype),
@@ -404,6 +432,7 @@ class TransDiffPipeline(
                 encoder_hidden_states=condition,
                 attention_kwargs=self.attention_kwargs,
                 return_dict=False,
+                **going,
             )[0].to(latents.dtype)
         if guided:
             unconditional, conditional = velocity.chunk(2)
@@ -469,7 +498,7 @@ class TransDiffPipeline(
         self,
         class_labels: ClassLabels | None = None,
         guidance_scale: float | list[float] | None = None,
-        num_inference_steps: int = 100,
+        num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -494,7 +523,8 @@ class TransDiffPipeline(
             class_labels: a class id or name, a list of either, or a LongTensor `(B,)`.
             guidance_scale: classifier-free guidance, v_u + g (v_c - v_u); one number, or one for each image of the
                 AR sequence; 1 is no guidance; None takes the checkpoint's recommendation.
-            num_inference_steps: denoising steps for each image of the AR sequence.
+            num_inference_steps: denoising steps for each image of the AR sequence; None takes the checkpoint's
+                recommendation, or else 100.
             generator: one torch generator, or one for each image.
             latents: initial noise `(B, C, s, s)` instead of a drawn one.
             output_type: "pil", "np" (NHWC in [0, 1]), "pt" (NCHW in [0, 1]) or "latent" (scaled, float32).
@@ -568,7 +598,7 @@ class TransDiffPipeline(
         self,
         class_labels: ClassLabels | None,
         guidance_scale: float | list[float] | None,
-        num_inference_steps: int,
+        num_inference_steps: int | None,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
         output_type: str,
@@ -600,6 +630,8 @@ class TransDiffPipeline(
         check_count("num_images_per_label", num_images_per_label)
         check_attention_kwargs(attention_kwargs)
         grid = custom_sigmas(sigmas, timesteps, NUM_TRAIN_TIMESTEPS)
+        if num_inference_steps is None:
+            num_inference_steps = self.recommended_num_inference_steps
         num_inference_steps = check_steps(self.scheduler, num_inference_steps, grid)
         check_sequence_arguments(class_labels, condition_embeds, negative_condition_embeds, reference_images)
         guidance_scales = resolve_guidance(
@@ -636,7 +668,7 @@ class TransDiffPipeline(
             check_present(condition_encoder=self.condition_encoder)
         if needs_vae:
             check_present(vae=self.vae)
-        check_scheduler(self.scheduler)
+        check_scheduler(self.scheduler, self.transformer)
 
     @contextmanager
     def _begin_call(self, settings: CallSettings) -> Iterator[CallState]:

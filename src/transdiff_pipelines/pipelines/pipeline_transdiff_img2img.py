@@ -28,7 +28,7 @@ class TransDiffImg2ImgPipeline(TransDiffEditingPipeline):
         class_labels: ClassLabels,
         strength: float = 0.6,
         guidance_scale: float | list[float] | None = None,
-        num_inference_steps: int = 100,
+        num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -51,7 +51,8 @@ class TransDiffImg2ImgPipeline(TransDiffEditingPipeline):
             class_labels: what the images shall become; one for all images, or one for each.
             strength: in [0, 1], the part of the steps that is taken. 0 takes none and gives the image as the VAE
                 has it; 1 is `TransDiffPipeline` from the same noise and does not see the image.
-            num_inference_steps: steps of the whole grid, of which `strength` takes the last.
+            num_inference_steps: steps of the whole grid, of which `strength` takes the last; None takes the
+                checkpoint's recommendation, or else 100.
             latents: noise `(B, C, s, s)` instead of a drawn one.
             references: what the images before the last of an MRAR sequence are. "generated" from noise, as in plain
                 generation; "edited", each from the given image as the last one is; "image", the given image itself,

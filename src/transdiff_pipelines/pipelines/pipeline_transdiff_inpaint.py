@@ -30,7 +30,7 @@ class TransDiffInpaintPipeline(TransDiffEditingPipeline):
         class_labels: ClassLabels,
         strength: float = 1.0,
         guidance_scale: float | list[float] | None = None,
-        num_inference_steps: int = 100,
+        num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -59,7 +59,8 @@ class TransDiffInpaintPipeline(TransDiffEditingPipeline):
             class_labels: what the images show; one for all images, or one for each.
             strength: in [0, 1], the part of the steps that is taken. 1 generates the unknown part from noise; below,
                 it starts from what the image has there; at 0 it is the image as the VAE has it.
-            num_inference_steps: steps of the whole grid, of which `strength` takes the last.
+            num_inference_steps: steps of the whole grid, of which `strength` takes the last; None takes the
+                checkpoint's recommendation, or else 100.
             latents: noise `(B, C, s, s)` instead of a drawn one.
             output_type: as in `TransDiffPipeline`; "latent" is not composited.
             references: what the images before the last of an MRAR sequence are. "generated" from noise, as in plain
