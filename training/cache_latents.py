@@ -344,7 +344,7 @@ def write_index(writer: ShardWriter, settings: dict[str, Any]) -> None:
     """Write index.json: the last step, which makes the cache a finished one.
 
     Raises:
-        CacheError: if not a single image could be used.
+        DataError: if not a single image could be used.
     """
     shards: list[dict[str, Any]] = []
     skipped: list[list[str]] = []
@@ -358,7 +358,7 @@ def write_index(writer: ShardWriter, settings: dict[str, Any]) -> None:
         totals = {name: value + summary[name] for name, value in totals.items()}
     if not totals["numbers"]:
         example = f": {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
-        raise CacheError(f"none of the {len(skipped)} images can be used{example}")
+        raise DataError(f"none of the {len(skipped)} images can be used{example}")
     mean = totals["sum"] / totals["numbers"]
     std = (totals["sum_of_squares"] / totals["numbers"] - mean**2) ** 0.5
     index = {"settings": settings, "shards": shards, "skipped": skipped, "latent_mean": mean, "latent_std": std}

@@ -119,7 +119,7 @@ def test_images_that_cannot_be_used_are_skipped_counted_and_named_with_the_reaso
     assert "skipped 1 image(s) that cannot be used:\n  2/1.png: " in report(cache)
     assert "1 image(s) skipped, the first is 2/1.png" in capsys.readouterr().out
     small = dataclasses.replace(own, min_side=17, cache=str(tmp_path / "small"))
-    with pytest.raises(CacheError, match=r"none of the 17 images can be used: 1/0.png: 16x16 pixels; .* must have 17"):
+    with pytest.raises(DataError, match=r"none of the 17 images can be used: 1/0.png: 16x16 pixels; .* must have 17"):
         cache_latents(small)
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from training.cache_latents import cache_latents, report
 from training.data.decoding import IMAGE_SUFFIXES
+from training.data.errors import DataError
 from training.data.folders import FolderSource
-from training.data.latent_cache import CacheError
 from training.evaluation import references
 from training.settings.config import ConfigError, DataConfig
 
@@ -96,7 +96,7 @@ def test_images_beside_the_class_folders_are_told_of(folder: Path, tmp_path: Pat
     draw(folder / "loose.png")
     assert FolderSource(folder).notes == [f"{folder}: left out 1 image(s) beside the class folders, in none of them"]
     draw(tmp_path / "flat" / "1.png")
-    with pytest.raises(CacheError, match=r"no class folders; put images .*There are 1 image\(s\) beside"):
+    with pytest.raises(DataError, match=r"no class folders; put images .*There are 1 image\(s\) beside"):
         FolderSource(tmp_path / "flat")
 
 
@@ -108,15 +108,15 @@ def test_class_folders_that_are_not_chosen_are_told_of(folder: Path) -> None:
 
 def test_an_empty_class_folder_is_an_error_that_tells_what_is_in_it(folder: Path) -> None:
     (folder / "emu").mkdir()
-    with pytest.raises(CacheError, match="class folders without images: emu"):
+    with pytest.raises(DataError, match="class folders without images: emu"):
         FolderSource(folder)
     (folder / "emu" / "1.heic").write_bytes(b"")
-    with pytest.raises(CacheError, match=r"without images: emu; .*1 file\(s\) of kinds that .*1 .heic"):
+    with pytest.raises(DataError, match=r"without images: emu; .*1 file\(s\) of kinds that .*1 .heic"):
         FolderSource(folder)
 
 
 def test_a_file_in_place_of_a_folder_is_named(folder: Path) -> None:
-    with pytest.raises(CacheError, match="is a file, not a folder"):
+    with pytest.raises(DataError, match="is a file, not a folder"):
         FolderSource(folder / "cat" / "1.png")
 
 
@@ -144,7 +144,7 @@ def test_folders_of_splits_are_told_from_classes(folder: Path, tmp_path: Path, n
     for name in names:
         shutil.copytree(folder, tmp_path / "my set" / name)
     root = tmp_path / "my set"
-    with pytest.raises(CacheError, match="looks like a data set in splits") as error:
+    with pytest.raises(DataError, match="looks like a data set in splits") as error:
         FolderSource(root)
     assert f"--data.images='{root}/{hint}'. If these are classes" in str(error.value)
     assert FolderSource(root / hint).classes == ["cat", "dog"]
@@ -224,7 +224,7 @@ def test_a_name_that_is_not_utf8_is_no_trouble(broken_name: Path, folder: Path, 
     data = DataConfig(vae=str(vae), images=str(folder), cache=str(tmp_path / "cache"), image_size=16)
     assert len(cache_latents(data)) == 4
     broken_name.write_bytes(b"broken")
-    with pytest.raises(CacheError):
+    with pytest.raises(DataError):
         cache_latents(data)
     again = cache_latents(dataclasses.replace(data, cache=str(tmp_path / "again")))
     assert "  cat/caf\\xe9.png: UnidentifiedImageError" in report(again)
@@ -233,7 +233,7 @@ def test_a_name_that_is_not_utf8_is_no_trouble(broken_name: Path, folder: Path, 
 
 def test_a_class_whose_name_is_not_utf8_is_refused_at_once(broken_name: Path, folder: Path) -> None:
     os.rename(os.fsencode(folder / "dog"), os.fsencode(folder) + b"/d\xf6g")
-    with pytest.raises(CacheError, match=r"names are not printable UTF-8: d\\xf6g. Rename them"):
+    with pytest.raises(DataError, match=r"names are not printable UTF-8: d\\xf6g. Rename them"):
         FolderSource(folder)
 
 
@@ -243,7 +243,7 @@ def test_a_class_whose_name_is_not_utf8_is_refused_at_once(broken_name: Path, fo
 def test_classes_have_any_name(folder: Path, vae: Path, tmp_path: Path, name: str) -> None:
     (folder / "cat").rename(folder / name)
     if name == "cat\n":
-        with pytest.raises(CacheError, match=r"cat\\n"):
+        with pytest.raises(DataError, match=r"cat\\n"):
             FolderSource(folder)
         return
     data = DataConfig(vae=str(vae), images=str(folder), cache=str(tmp_path / "cache"), image_size=16)
@@ -254,7 +254,7 @@ def test_classes_have_any_name(folder: Path, vae: Path, tmp_path: Path, name: st
 def test_a_folder_without_permission_is_named(folder: Path) -> None:
     (folder / "cat").chmod(0)
     try:
-        with pytest.raises(CacheError, match="cat cannot be read: Permission denied"):
+        with pytest.raises(DataError, match="cat cannot be read: Permission denied"):
             FolderSource(folder)
     finally:
         (folder / "cat").chmod(0o700)

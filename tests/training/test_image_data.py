@@ -19,8 +19,9 @@ from test_train import final_tensors, losses, train
 from training.cache_latents import cache_latents
 from training.data.batches import GroupBatches, batch_loader
 from training.data.decoding import BadImage, center_crop, image_to_tensor, random_crop
+from training.data.errors import DataError
 from training.data.image_dataset import ImageData, open_data
-from training.data.latent_cache import CacheError, LatentCache
+from training.data.latent_cache import LatentCache
 from training.data.sources import TableSource
 from training.data.vae import PixelEncoder, load_vae
 from training.dry_run import describe
@@ -182,9 +183,7 @@ def test_a_class_without_a_readable_image_is_replaced_with_its_label(data: DataC
     assert set(batch["labels"].tolist()) == {0, 1}
     for path in folder.rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(
-        CacheError, match=r"none of the 17 images can be read, such as .*\.png: UnidentifiedImageError"
-    ):
+    with pytest.raises(DataError, match=r"none of the 17 images can be read, such as .*\.png: UnidentifiedImageError"):
         found.draw(3, (0.0, 0.0))
 
 
@@ -198,7 +197,7 @@ def test_held_out_images_that_cannot_be_read_are_left_out(make_image_config, fol
     assert [left.example(image).name for image in range(len(left))] == names[1:]
     for name in names:
         (folder / name).write_bytes(b"")
-    with pytest.raises(CacheError, match="none of the held-out images can be read"):
+    with pytest.raises(DataError, match="none of the held-out images can be read"):
         Trainer(make_image_config("third", **options))
 
 

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from training.cache_latents import cache_latents, report
+from training.data.errors import DataError
 from training.data.image_dataset import ImageData
 from training.data.labels import label_value, without_images
-from training.data.latent_cache import CacheError
 from training.data.sources import Source, TableSource, open_source
 from training.data.vae import load_vae
 from training.settings.config import ConfigError, DataConfig
@@ -85,7 +85,7 @@ def test_several_labels_an_image_are_an_error(labels: list) -> None:
 
 @pytest.mark.parametrize("labels", [[-1, -1], [None, None]])
 def test_a_column_without_a_label_is_an_error_at_once(labels: list) -> None:
-    with pytest.raises(CacheError, match=f"none of the 2 images has a label .*: label {labels[0]} names no class"):
+    with pytest.raises(DataError, match=f"none of the 2 images has a label .*: label {labels[0]} names no class"):
         source(labels, VALUE("int64"))
 
 

@@ -18,7 +18,8 @@ from PIL import Image
 from rounding import assert_close
 
 from training.cache_latents import ShardWriter, cache_latents, report
-from training.data.latent_cache import CacheError, LatentCache
+from training.data.errors import CacheError, DataError
+from training.data.latent_cache import LatentCache
 from training.data.sources import FolderSource, Source, open_source
 from training.data.vae import load_vae
 from training.settings.config import ConfigError, DataConfig
@@ -157,7 +158,7 @@ def test_images_that_a_stream_gives_by_address_only(data: DataConfig, expected: 
 
 def test_what_cannot_be_opened_is_an_error_with_the_reason(data: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CacheError, match=r"data.dataset .*empty \(split train\) cannot be opened: .+"):
+    with pytest.raises(DataError, match=r"data.dataset .*empty \(split train\) cannot be opened: .+"):
         open_source(dataclasses.replace(data, dataset=str(tmp_path / "empty")))
     with pytest.raises(ConfigError, match="data.images or data.dataset is missing"):
         open_source(data)
@@ -221,12 +222,12 @@ def test_class_folders_can_be_chosen_and_ordered(images: Path) -> None:
 
 
 def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match="does not exist"):
+    with pytest.raises(DataError, match="does not exist"):
         FolderSource(tmp_path / "none")
-    with pytest.raises(CacheError, match="no class folders"):
+    with pytest.raises(DataError, match="no class folders"):
         FolderSource(tmp_path)
     (tmp_path / "cats").mkdir()
-    with pytest.raises(CacheError, match="without images: cats"):
+    with pytest.raises(DataError, match="without images: cats"):
         FolderSource(tmp_path)
 
 

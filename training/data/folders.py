@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .decoding import IMAGE_SUFFIXES
+from .errors import DataError
 from .examples import Example, IndexedSource
 from .labels import chosen_classes, listed, natural_key
-from .latent_cache import CacheError, digest_of
+from .latent_cache import digest_of
 
 
 # What systems and programs leave in folders, in lower case; names that begin with a dot are left out as well.
@@ -47,7 +48,7 @@ class FolderSource(IndexedSource):
         classes: names of the sub-folders to use, in index order; None: all in natural order.
 
     Raises:
-        CacheError: if the folder is missing or cannot be read, if a class has no image or there is none at all, if a
+        DataError: if the folder is missing or cannot be read, if a class has no image or there is none at all, if a
             class has a name that is not UTF-8, or if the sub-folders look like splits.
         ConfigError: if `classes` names a folder that is not there.
     """
@@ -55,7 +56,7 @@ class FolderSource(IndexedSource):
     def __init__(self, root: Path, classes: Sequence[str] | None = None) -> None:
         if not root.is_dir():
             problem = "is a file, not a folder" if root.exists() else "does not exist"
-            raise CacheError(f"image folder {root} {problem} (data.images)")
+            raise DataError(f"image folder {root} {problem} (data.images)")
         self.root = root
         self.passed_over: Counter[str] = Counter()
         above = {identity(folder) for folder in (root, *root.resolve().parents)}
@@ -74,7 +75,7 @@ class FolderSource(IndexedSource):
         if empty or not found:
             problem = f"class folders without images: {listed(empty)}" if empty else "no class folders"
             others = self._beside(beside, ". There are ") + self._passed_over(". There are ")
-            raise CacheError(f"{root} has {problem}; put images into one sub-folder per class{others}")
+            raise DataError(f"{root} has {problem}; put images into one sub-folder per class{others}")
         self.files = [(path, label) for label, images in enumerate(found) for path, _ in images]
         self.stats = [status for images in found for _, status in images]
         self.length = len(self.files)
@@ -125,7 +126,7 @@ def visible(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             found = list(entries)
     except OSError as error:
-        raise CacheError(f"folder {printable(str(folder))} cannot be read: {error.strerror}") from error
+        raise DataError(f"folder {printable(str(folder))} cannot be read: {error.strerror}") from error
     return [entry for entry in found if not (entry.name.startswith(".") or entry.name.lower() in SYSTEM_NAMES)]
 
 
@@ -195,14 +196,14 @@ def printable(name: str) -> str:
 
 
 def check_class_names(root: Path, names: list[str]) -> None:
-    """Raise CacheError for folders whose names cannot be classes, or look like the splits of a data set."""
+    """Raise DataError for folders whose names cannot be classes, or look like the splits of a data set."""
     broken = [printable(name) for name in names if printable(name) != name]
     if broken:
-        raise CacheError(f"{root} has classes whose names are not printable UTF-8: {listed(broken)}. Rename them")
+        raise DataError(f"{root} has classes whose names are not printable UTF-8: {listed(broken)}. Rename them")
     splits = [name for name in names if name.lower() in SPLIT_NAMES]
     if len(splits) > 1 or splits == names != []:
         first = next((name for name in splits if name.lower().startswith("train")), splits[0])
-        raise CacheError(
+        raise DataError(
             f"{root} looks like a data set in splits ({listed(splits)}), not like a folder for each class. Name one "
             f"of them: --data.images={shlex.quote(str(root / first))}. If these are classes, list them in data.classes"
         )

@@ -7,8 +7,9 @@ import numpy as np
 from training.settings.config import ConfigError, TrainConfig, ValidationConfig
 
 from .batches import TrainingData
+from .errors import DataError
 from .image_dataset import ImageData
-from .latent_cache import CacheError, LatentCache
+from .latent_cache import LatentCache
 
 
 def hold_out(data: TrainingData, fraction: float, seed: int) -> tuple[TrainingData, TrainingData]:
@@ -32,7 +33,7 @@ def held_out_images(data: TrainingData, config: TrainConfig) -> tuple[TrainingDa
     """The images to train on and, if the configuration asks for validation, those to validate with.
 
     Raises:
-        ConfigError, CacheError: if there is nothing to hold out, or if `validation.cache` does not fit.
+        ConfigError, DataError: if there is nothing to hold out, or if `validation.cache` does not fit.
     """
     held_out: TrainingData | None = None
     if config.validation.cache is not None:
@@ -47,7 +48,7 @@ def held_out_images(data: TrainingData, config: TrainConfig) -> tuple[TrainingDa
     if isinstance(held_out, ImageData):
         held_out = held_out.readable()
         if not len(held_out):
-            raise CacheError("none of the held-out images can be read")
+            raise DataError("none of the held-out images can be read")
     return data, held_out
 
 

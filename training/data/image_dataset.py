@@ -22,9 +22,10 @@ from training.settings.config import ConfigError, DataConfig
 
 from .batches import TrainingData
 from .decoding import BadImage, random_crop, read_image
+from .errors import DataError
 from .examples import Example, IndexedSource
 from .folders import FolderSource
-from .latent_cache import CacheError, LatentCache, digest_of, read_stamp
+from .latent_cache import LatentCache, digest_of, read_stamp
 from .sources import open_source
 from .vae import check_vae, latent_shape, module_fingerprint
 
@@ -49,7 +50,7 @@ class ImageData:
         digest: of names, sizes, labels and classes, and of the contents of up to `COMPARED_IMAGES` images.
 
     Raises:
-        CacheError: if no label is valid.
+        DataError: if no label is valid.
         ConfigError: if the VAE cannot encode such images.
     """
 
@@ -67,7 +68,7 @@ class ImageData:
         self.rows = np.flatnonzero(labels >= 0)
         self.labels = labels[self.rows]
         if not len(self.rows):
-            raise CacheError(f"none of the {source.length} images has a label that names a class")
+            raise DataError(f"none of the {source.length} images has a label that names a class")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -99,7 +100,7 @@ class ImageData:
         `wanted` and which is `used`.
 
         Raises:
-            CacheError: if no image at all can be read.
+            DataError: if no image at all can be read.
         """
         position, flip = uniform
         used, pixels = self._readable(image, position)
@@ -113,7 +114,7 @@ class ImageData:
                 return candidate, self.pixels(candidate, position)
             except BadImage as error:
                 problem = problem or f"{self.example(image).name}: {error}"
-        raise CacheError(f"none of the {len(self)} images can be read, such as {problem}")
+        raise DataError(f"none of the {len(self)} images can be read, such as {problem}")
 
     def _in_turn(self, image: int) -> Iterator[int]:
         """The image, then those after it, of its class and then of the others."""
@@ -148,7 +149,7 @@ def open_data(data: DataConfig, vae: AutoencoderKL) -> TrainingData:
     """The latent cache, or without one the images themselves.
 
     Raises:
-        CacheError, ConfigError: if it is not there, or does not fit the VAE or the configuration.
+        DataError, ConfigError: if it is not there, or does not fit the VAE or the configuration.
     """
     if data.cache is not None:
         cache = LatentCache(data.cache)
@@ -172,7 +173,7 @@ def changed_files(data: DataConfig) -> list[str]:
         return []
     try:
         found = FolderSource(Path(data.images), data.classes).stamp()
-    except (CacheError, ConfigError) as error:
+    except (DataError, ConfigError) as error:
         found = str(error)
     if found == read_stamp(Path(str(data.cache))):
         return []

@@ -23,11 +23,12 @@ import pyarrow
 
 from training.settings.config import ConfigError, DataConfig, require
 
+from .errors import DataError
 from .examples import Example, IndexedSource
 from .examples import Source as Source
 from .folders import FolderSource, printable, status_of, times
 from .labels import Labels, listed, natural_key
-from .latent_cache import CacheError, digest_of
+from .latent_cache import digest_of
 
 
 COMPARED_OF_A_STREAM = 8  # images of each stream that are compared with a cache, if they come over a network
@@ -38,7 +39,7 @@ def open_source(data: DataConfig, dataset: datasets.Dataset | datasets.IterableD
 
     Raises:
         ConfigError: if columns or classes are not there.
-        CacheError: if the folder or the dataset cannot be read.
+        DataError: if the folder or the dataset cannot be read.
     """
     if dataset is None and data.dataset is None:
         require(data.images is not None, "data.images or data.dataset is missing: where the images are")
@@ -59,7 +60,7 @@ def load(data: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
     """`data.dataset`: a folder of `save_to_disk`, or whatever `datasets.load_dataset` takes, such as a Hub name.
 
     Raises:
-        CacheError: with the reason of the datasets library.
+        DataError: with the reason of the datasets library.
     """
     path = Path(str(data.dataset))
     saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
@@ -73,7 +74,7 @@ def load(data: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
     except ConfigError:
         raise
     except Exception as error:  # the library raises many kinds, from OSError to its own
-        raise CacheError(f"data.dataset {data.dataset} (split {data.split}) cannot be opened: {error}") from error
+        raise DataError(f"data.dataset {data.dataset} (split {data.split}) cannot be opened: {error}") from error
 
 
 def check_column(dataset: datasets.Dataset | datasets.IterableDataset, name: str, option: str) -> None:
@@ -108,7 +109,7 @@ class TableSource(IndexedSource):
     """A map-style dataset; rows are read one by one, labels all at once.
 
     Raises:
-        CacheError: if no row has a label.
+        DataError: if no row has a label.
         ConfigError: if labels and `data.classes` do not fit.
     """
 
@@ -125,7 +126,7 @@ class TableSource(IndexedSource):
                 problems += [example.problem] if example.problem else []
         if len(problems) == len(self.rows):
             first = f": {problems[0]}" if problems else ""
-            raise CacheError(f"none of the {len(self.values)} images has a label that names a class{first}")
+            raise DataError(f"none of the {len(self.values)} images has a label that names a class{first}")
         self.length = len(self.rows)
         left_out = self.labels.left_out
         self.notes = [f"left out {sum(left_out.values())} image(s) {of_other_classes(left_out)}"] if left_out else []
