@@ -257,7 +257,8 @@ def cache_latents(data: DataConfig, dataset: datasets.Dataset | datasets.Iterabl
         dataset: a dataset to read in place of `data.images` and `data.dataset`, with the columns that `data` names.
 
     Raises:
-        CacheError: if the folder holds a cache made with other settings or of other images, or if none is readable.
+        CacheError: if the folder holds a cache made with other settings or of other images.
+        DataError: if no image is readable.
         ConfigError: if columns, classes or sizes do not fit.
     """
     require(data.cache is not None, "data.cache is missing: the folder to write the latents to")
