@@ -74,6 +74,7 @@ class TransDiffHubMixin:
             ValueError: LoRA adapters are loaded; the message says how to save them.
         """
         check_saves(self.components)  # type: ignore[attr-defined]
+        _ = self.labels  # type: ignore[attr-defined]  # raises where the names are not those of the encoder's classes
         hub_options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         with one_form(save_directory, last=INDEX_NAME) as scratch:
             super().save_pretrained(  # type: ignore[misc]

@@ -138,10 +138,12 @@ class TransDiffPipeline(
         vae: latents, divided by its scaling factor, to pixels: an `AutoencoderKL`, or whatever has such a `decode`,
             for fast previews an `AutoencoderTiny`. Without one a call makes latents alone.
         scheduler: velocity to the next sample; any diffusers scheduler that integrates a flow serves.
-        id2label: class id to name, or to comma-separated synonyms.
+        id2label: class id to name, or to comma-separated synonyms, for every class of the encoder; or a list of them.
+            None takes the names that the encoder has from another pipeline, if it does.
         guidance_scale: the checkpoint's recommended classifier-free guidance, one number or one for each image of
-            the AR sequence; None is 1, no guidance.
-        num_inference_steps: the checkpoint's recommended denoising steps for each image; None is 100.
+            the AR sequence; None is that of another pipeline with this encoder, or else 1, no guidance.
+        num_inference_steps: the checkpoint's recommended denoising steps for each image; None is that of another
+            pipeline with this encoder, or else 100.
 
     Raises:
         ValueError: the components do not belong together, or the scheduler does not predict flow.
@@ -170,17 +172,12 @@ class TransDiffPipeline(
         self.register_modules(
             condition_encoder=condition_encoder, transformer=transformer, vae=vae, scheduler=scheduler
         )
-        if id2label is not None:
-            id2label = {int(class_id): name for class_id, name in id2label.items()}
         if guidance_scale is not None and condition_encoder is not None:
             guidance_per_image(guidance_scale, condition_encoder.num_images)
         if num_inference_steps is not None:
             check_count("num_inference_steps", num_inference_steps)
-        self.register_to_config(
-            id2label=id2label, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps
-        )
+        self._register_class_set(id2label, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps)
 
-        self._set_labels(id2label)
         self.vae_scale_factor = vae_stride(vae_config(vae))
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
