@@ -587,3 +587,12 @@ class TestAttentionKwargs:
         with pytest.raises(ValueError, match=r"has scale 0.5, but LoRA adapters are fused"):
             run(pipe, attention_kwargs={"scale": 0.5})
         run(pipe, attention_kwargs={"scale": 1})
+
+    def test_a_weight_of_no_adapter_is_said(self, caplog):
+        run(tiny_pipeline(), attention_kwargs={"scale": 0.5})
+        assert "no LoRA is loaded" in caplog.text
+
+    @pytest.mark.parametrize("given", [None, {}, {"scale": 1.0}, {"scale": 0.5}])
+    def test_what_is_fine_is_quiet(self, given, caplog):
+        run(adapted(), attention_kwargs=given)
+        assert not caplog.records

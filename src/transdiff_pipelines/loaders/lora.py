@@ -25,6 +25,7 @@ from ..models.adapters import (
     check_loads,
     config_of_layers,
 )
+from ..models.attention import check_attention_kwargs, weighable_layers
 from ..models.lora_file import LoraAdapter, LoraFileError, fetch_lora, misfits, named_as_peft, split_by_component
 
 
@@ -226,6 +227,13 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
         """Names of the adapters that are active on any component."""
         layers = (layer for model in self._lora_models().values() for layer in adapter_layers(model))
         return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
+
+    def _check_attention_kwargs(self, attention_kwargs: Any) -> None:
+        """Raise for what a call would not read; a weight of adapters where there are none is only said."""
+        scale = check_attention_kwargs(attention_kwargs)
+        layers = [weighable_layers(model, scale) for model in self._lora_models().values()] if scale != 1 else [[None]]
+        if not any(layers):
+            logger.warning(f"attention_kwargs has scale {scale}, but no LoRA is loaded: it changes nothing")
 
     def fuse_lora(
         self,

@@ -159,6 +159,17 @@ def check_attention_kwargs(attention_kwargs: Any) -> float:
     return float(scale)
 
 
+def weighable_layers(model: nn.Module, scale: float) -> list[Any]:
+    """The model's LoRA layers, to be weighed by `scale`; ValueError where they are fused, so that none can be."""
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "scale_layer")]
+    if any(layer.merged for layer in layers):
+        raise ValueError(
+            f"attention_kwargs has scale {scale}, but LoRA adapters are fused into the weights; call unfuse_lora() "
+            "first, or give the weight to fuse_lora(lora_scale=...)"
+        )
+    return layers
+
+
 @contextmanager
 def scaled_lora(model: nn.Module, attention_kwargs: dict[str, Any] | None) -> Iterator[None]:
     """Weigh the model's active LoRA adapters by `attention_kwargs["scale"]`, if given.
@@ -174,12 +185,7 @@ def scaled_lora(model: nn.Module, attention_kwargs: dict[str, Any] | None) -> It
     if scale == 1.0:
         yield
         return
-    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "scale_layer")]
-    if any(layer.merged for layer in layers):
-        raise ValueError(
-            f"attention_kwargs has scale {scale}, but LoRA adapters are fused into the weights; call unfuse_lora() "
-            "first, or give the weight to fuse_lora(lora_scale=...)"
-        )
+    layers = weighable_layers(model, scale)
     weights = [dict(layer.scaling) for layer in layers]
     try:
         for layer in layers:

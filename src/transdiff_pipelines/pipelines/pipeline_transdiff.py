@@ -630,6 +630,7 @@ class TransDiffPipeline(
         if num_inference_steps is None:
             num_inference_steps = self.recommended_num_inference_steps
         num_inference_steps = check_steps(self.scheduler, num_inference_steps, grid)
+        self._check_attention_kwargs(attention_kwargs)
         check_sequence_arguments(class_labels, condition_embeds, negative_condition_embeds, reference_images)
         guidance_scales = resolve_guidance(
             guidance_scale,
