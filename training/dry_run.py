@@ -35,7 +35,7 @@ CPU_ATTENTION = {
 
 def describe(trainer: Trainer) -> str:
     """Sizes, cost, memory, schedule and the first batch of a run that was built but not started."""
-    batch = trainer.to_latents(trainer.batches[0])
+    batch = trainer.taught(trainer.to_latents(trainer.batches[0]))
     flops, activations = measure(trainer, batch)
     images = trainer.config.data.batch_size * trainer.batches.group_size
     return "\n".join(

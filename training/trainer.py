@@ -28,8 +28,9 @@ from training.distributed.fsdp2 import Fsdp2Engine
 from training.distributed.interruption import StopRequest, TrainingInterrupted, TrainingStopped
 from training.distributed.processes import start_accelerator
 from training.distributed.zero2 import Zero2Engine, check_deepspeed
-from training.model.build import TrainingModel, build_model
+from training.model.build import TrainingModel, build_model, teacher_guidance
 from training.model.ema import WeightAverage
+from training.model.flow_map import FlowMapTeacher
 from training.model.schedule import LearningRate
 from training.outputs.checkpoints import (
     READ_ERRORS,
@@ -79,6 +80,9 @@ class Trainer:
         self.origins = {"images, their order or classes": self.data.digest, "VAE's weights": self.data.vae_fingerprint}
         if self.module.origin is not None:
             self.origins["weights of model.start_from"] = self.module.origin
+        self.teacher: FlowMapTeacher | None = None
+        if config.loss.kind == "flow_map":
+            self.teacher = FlowMapTeacher(self.module, teacher_guidance(config))
         self.export = Export(config, self.vae, self.accelerator.device)
         self.preview_config = self._preview_of(self.module.classes)
         self.batches = GroupBatches.of(
@@ -116,7 +120,11 @@ class Trainer:
             self.vae.to(self.accelerator.device)
             self.unreadable = Unreadable(self.data, self.output)
         self.encode = PixelEncoder(self.vae, config.data.encode_batch_size, config.mixed_precision == "bf16")
-        self.validation = None if held_out is None else Validation(held_out, config, self.accelerator, self.encode)
+        self.validation = (
+            None
+            if held_out is None
+            else Validation(held_out, config, self.accelerator, lambda batch: self.taught(self.encode(batch)))
+        )
 
     def _start_engine(self) -> None:
         """Put model and optimiser where they belong: whole on every process, or split over all of them."""
@@ -232,6 +240,8 @@ class Trainer:
         for batch in micro_batches:
             with self.watch.timing("encoding"):
                 batch = self.to_latents(batch)
+            with self.watch.timing("passes"):
+                batch = self.taught(batch)
             with self.engine.accumulating(), self.watch.timing("passes"):
                 with self.accelerator.autocast():
                     losses = self.engine.model(**batch)
@@ -252,6 +262,13 @@ class Trainer:
             self.unreadable.note(batch)
         device = self.accelerator.device
         return self.encode({name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})
+
+    def taught(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of a flow map, what its teacher makes of a batch; else the batch as it is."""
+        if self.teacher is None:
+            return batch
+        with self.accelerator.autocast():
+            return self.teacher(batch)
 
     def _count(self, step: Step, losses: torch.Tensor) -> None:
         """Update the EMA after an optimiser step; count the steps, and those that were bad."""

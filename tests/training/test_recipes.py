@@ -22,7 +22,7 @@ from training.data.latent_cache import LatentCache
 from training.outputs.checkpoints import checkpoint_folders
 from training.settings.config import ConfigError, DataConfig, TrainConfig, accumulation_steps, load_config
 from training.trainer import Trainer
-from transdiff_pipelines import TransDiffPipeline
+from transdiff_pipelines import FlowMapScheduler, TransDiffPipeline
 from transdiff_pipelines.presets import PUBLISHED, PublishedModel
 
 
@@ -50,8 +50,8 @@ def large_cache(data_config: DataConfig, tmp_path_factory: pytest.TempPathFactor
     return cache_latents(replace(data_config, image_size=32, cache=str(tmp_path_factory.mktemp("large") / "cache")))
 
 
-def save_base(folder: Path, vae: Path, side: int) -> Path:
-    parts = {"condition_encoder": tiny_encoder(1, side), "transformer": tiny_transformer(side)}
+def save_base(folder: Path, vae: Path, side: int, patch_size: int = 1) -> Path:
+    parts = {"condition_encoder": tiny_encoder(patch_size, side), "transformer": tiny_transformer(side)}
     tiny_pipeline(vae=AutoencoderKL.from_pretrained(vae), id2label=NAMES, **parts).save_pretrained(folder)
     return folder
 
@@ -215,6 +215,31 @@ def test_accelerate_reads_the_shipped_launch_files(name: str) -> None:
     config = load_config_from_file(str(CONFIGS.parent / "accelerate" / f"{name}.yaml"))
     assert config.distributed_type == DistributedType.MULTI_GPU
     assert config.num_processes == 8 * config.num_machines
+
+
+# --- flow maps ---
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*_flow_map.yaml")))
+def test_flow_maps(small, vae: Path, base: Path, tmp_path: Path, name: str) -> None:
+    config = load_config([f"--config={CONFIGS / name}.yaml"])
+    start = base if config.model.patch_size == 1 else save_base(tmp_path / "mrar", vae, 4, config.model.patch_size)
+    changes = {"model.start_from": start, "model.flow_map_layers": 1, "loss.teacher_steps": 3}
+    trainer = train(small(name, **changes, mixed_precision="no"))
+    pipeline = final_pipeline(trainer)
+    assert isinstance(pipeline.scheduler, FlowMapScheduler)
+    assert pipeline.recommended_num_inference_steps == 4
+    assert trainer.teacher.guidance_scales == [1.3] * config.model.patch_size**2
+    assert pipeline("2").images[0].size == (16, 16)
+
+
+@pytest.mark.parametrize("published", PUBLISHED.values(), ids=PUBLISHED)
+def test_flow_maps_of_the_published_models(published: PublishedModel) -> None:
+    config = load_config([f"--config={CONFIGS / published.folder}_flow_map.yaml"])
+    assert config.model.start_from == f"outputs/{published.folder}/pipeline"
+    assert (config.model.patch_size, config.data.image_size) == (published.patch_size, published.resolution)
+    layers = published.size.decoder_layers
+    assert config.model.flow_map_layers == round(layers / 3 - 0.01)
 
 
 # --- a new class set ---

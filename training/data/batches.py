@@ -83,6 +83,37 @@ def logit_normal_timesteps(normal: Tensor) -> Tensor:
     return truncate_timesteps(normal.double().sigmoid())
 
 
+def flow_map_intervals(normal: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Standard normal numbers `(..., m, 3)` to where flow maps begin and end, `(..., m)` places on a grid of `steps`.
+
+    A third goes all the way, as the sampler does with one call; a sixth begins at the noise, a fifth ends at the
+    image, the rest lies anywhere. The first of the m has no length: there the average velocity is the velocity.
+    """
+    kind, one, other = torch.special.ndtr(normal.double()).unbind(-1)
+    place = (one * (steps + 1)).long().clamp(max=steps)
+    another = (place + 1 + (other * steps).long().clamp(max=steps - 1)) % (steps + 1)
+    begin, end = torch.minimum(place, another), torch.maximum(place, another)
+    begin, end = (
+        begin.masked_fill(kind < 1 / 2, 0),
+        end.masked_fill((kind < 1 / 3) | ((kind >= 1 / 2) & (kind < 0.7)), steps),
+    )
+    begin[..., 0] = end[..., 0] = (one[..., 0] * steps).long().clamp(max=steps - 1)
+    return begin, end
+
+
+def flow_map_grid(steps: int, generator: torch.Generator) -> Tensor:
+    """A grid of σ `(steps,)` for the teacher's solver, without its 0: even or, every second time, moved as a whole.
+
+    Points stay apart, because a short interval divides the solver's error. They are whole thousandths, because solvers
+    round their timesteps.
+    """
+    coin, shift = torch.rand(2, generator=generator).tolist()
+    grid = 1 - torch.arange(steps) / steps
+    if coin < 0.5:
+        grid[1:] += (shift - 0.5) / steps
+    return (grid * NUM_TRAIN_TIMESTEPS).round() / NUM_TRAIN_TIMESTEPS
+
+
 def drop_labels(labels: Tensor, dropped: Tensor, num_classes: int) -> Tensor:
     """Labels `(B,)` with those marked in the boolean `dropped` `(B,)` replaced by the null class `num_classes`."""
     return labels.masked_fill(dropped, num_classes)
@@ -133,6 +164,7 @@ class GroupBatches(Dataset[Batch]):
         seed: keys every draw.
         groups_per_epoch: length of an epoch; None: each image once (see `draw_groups`).
         rank, world_size: this process and the number of processes.
+        teacher_steps: K, of the paths that a flow map learns from; None is the velocity loss.
     """
 
     def __init__(
@@ -147,6 +179,7 @@ class GroupBatches(Dataset[Batch]):
         rank: int = 0,
         world_size: int = 1,
         same_image: bool = False,
+        teacher_steps: int | None = None,
     ) -> None:
         self.data = data
         self.group_size = group_size
@@ -158,6 +191,7 @@ class GroupBatches(Dataset[Batch]):
         self.groups_per_epoch = groups_per_epoch or count_groups(data.labels, self.num_distinct)
         self.rank = rank
         self.global_batch_size = batch_size * world_size
+        self.teacher_steps = teacher_steps
         self._groups: dict[int, np.ndarray] = {}
 
     @classmethod
@@ -171,6 +205,7 @@ class GroupBatches(Dataset[Batch]):
             "label_dropout": config.loss.label_dropout,
             "seed": config.seed,
             "groups_per_epoch": config.data.groups_per_epoch,
+            "teacher_steps": config.loss.teacher_steps if config.loss.kind == "flow_map" else None,
         }
         return cls(data, **(settings | changes))
 
@@ -186,13 +221,28 @@ class GroupBatches(Dataset[Batch]):
         draws = [self.draw(*divmod(first + offset, self.groups_per_epoch)) for offset in range(self.batch_size)]
         stacked = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
         # (B, N, m, ...) -> (N, m, B, ...) -> (N, m * B, ...): the batch tiled m times
-        timesteps = logit_normal_timesteps(stacked["time"]).permute(1, 2, 0).flatten(1)
         noise = stacked["noise"].permute(1, 2, 0, 3, 4, 5).flatten(1, 2)
         labels = drop_labels(stacked["label"], stacked["drop"] < self.label_dropout, self.data.num_classes)
         images = self.data.collect(stacked, stacked["posterior"])
         if "latents" in images:  # the same image N times, if there is only one
             images["latents"] = images["latents"].expand(-1, self.group_size, -1, -1, -1)
-        return images | {"labels": labels, "timesteps": timesteps, "noise": noise}
+        return images | {"labels": labels, "noise": noise} | self.times(stacked["time"], index)
+
+    def times(self, normal: Tensor, index: int) -> Batch:
+        """The part of batch `index` that is about time: `timesteps (N, B * m)`, or that of `FlowMapTeacher`'s batch.
+
+        `normal` are `(B, N, m, 1)` standard normal numbers, of a flow map three in place of one.
+        """
+
+        def tiled(times: Tensor) -> Tensor:
+            return times.permute(1, 2, 0).flatten(1)
+
+        if self.teacher_steps is None:
+            return {"timesteps": tiled(logit_normal_timesteps(normal.squeeze(-1)))}
+        begin, end = map(tiled, flow_map_intervals(normal, self.teacher_steps))
+        # One grid for the whole batch: its key is the batch's place in the stream, the same for all processes.
+        sigmas = flow_map_grid(self.teacher_steps, keyed_generator(self.seed, index, -2))
+        return {"begin": begin, "end": end, "sigmas": sigmas}
 
     def draw(self, epoch: int, slot: int) -> dict[str, Tensor]:
         """Everything random about one group: a function of (seed, epoch, slot) alone."""
@@ -202,7 +252,8 @@ class GroupBatches(Dataset[Batch]):
         uniform = torch.rand(self.num_distinct * self.data.draws_per_image + 1, generator=generator)
         # one draw for all normal numbers of the group: many small ones would cost more than the numbers
         latent_size = int(np.prod(shape))
-        sizes = [count * mul, self.num_distinct * latent_size, count * mul * latent_size]
+        numbers_per_time = 1 if self.teacher_steps is None else 3
+        sizes = [count * mul * numbers_per_time, self.num_distinct * latent_size, count * mul * latent_size]
         time, posterior, noise = torch.randn(sum(sizes), generator=generator).split(sizes)
         numbers = uniform[1:].view(self.num_distinct, -1).tolist()
         drawn = [self.data.draw(image, own) for image, own in zip(images.tolist(), numbers, strict=True)]
@@ -211,7 +262,7 @@ class GroupBatches(Dataset[Batch]):
         return {
             "label": torch.tensor(int(self.data.labels[first])),
             "drop": uniform[0],
-            "time": time.view(count, mul),
+            "time": time.view(count, mul, numbers_per_time),
             "posterior": posterior.view(self.num_distinct, *shape),
             "noise": noise.view(count, mul, *shape),
         } | {name: torch.stack([image[name] for image in drawn]) for name in drawn[0]}

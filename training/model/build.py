@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, SchedulerMixin
 from torch import Tensor, nn
 
 from training.data.batches import TrainingData
@@ -16,19 +16,24 @@ from training.data.vae import tensors_digest
 from training.settings.config import ConfigError, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
 from transdiff_pipelines import (
     ARConditionEncoder,
+    FlowMapScheduler,
     FlowMatchEulerMaruyamaScheduler,
     TransDiffPipeline,
     TransDiffTransformer2DModel,
 )
 from transdiff_pipelines.models.ar_condition_encoder import group_sizes
+from transdiff_pipelines.pipelines.checks import guidance_per_image
 from transdiff_pipelines.pipelines.class_set import match_classes, resize_class_embedding
 
+from .flow_map import flow_map_losses
 from .inherit import DECODER_RULES, ENCODER_RULES, inherit, table
 from .lora import add_adapters
 from .loss import prefix_losses
 
 
-DEFAULT_SAMPLING = {"guidance_scale": 1.3, "drift_scale": 1.0, "diffusion_scale": 1.0}
+DEFAULT_SAMPLING = {"guidance_scale": 1.3, "drift_scale": 1.0, "diffusion_scale": 1.0, "num_inference_steps": None}
+# A flow map has its teacher's guidance built in.
+FLOW_MAP_SAMPLING = {"guidance_scale": 1.0, "num_inference_steps": 4}
 
 
 class TrainingModel(nn.Module):
@@ -53,11 +58,12 @@ class TrainingModel(nn.Module):
         self.classes = classes
         self.register_buffer("class_ids", None, persistent=False)
 
-    def forward(self, latents: Tensor, labels: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        """The prefix losses `(N,)` of a batch; see `loss.prefix_losses`."""
+    def forward(self, latents: Tensor, labels: Tensor, **batch: Tensor) -> Tensor:
+        """The losses `(N,)` of a batch: `loss.prefix_losses`, or `flow_map.flow_map_losses` where it has targets."""
         if self.class_ids is not None:
             labels = self.class_ids[labels]
-        return prefix_losses(self.condition_encoder, self.transformer, latents, labels, timesteps, noise)
+        losses = flow_map_losses if "targets" in batch else prefix_losses
+        return losses(self.condition_encoder, self.transformer, latents, labels, **batch)
 
 
 def preset_sizes(name: str) -> dict[str, int]:
@@ -106,8 +112,16 @@ def new_model(
         **shared,
     )
     width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
+    if model.flow_map_layers > sizes["decoder_layers"]:
+        raise ConfigError(
+            f"model.flow_map_layers is {model.flow_map_layers}, but the decoder has {sizes['decoder_layers']} blocks"
+        )
     transformer = TransDiffTransformer2DModel(
-        sample_size=side, num_layers=sizes["decoder_layers"], cross_attention_dim=width, **shared
+        sample_size=side,
+        num_layers=sizes["decoder_layers"],
+        cross_attention_dim=width,
+        num_flow_map_layers=model.flow_map_layers,
+        **shared,
     )
     return TrainingModel(encoder, transformer, classes)
 
@@ -163,6 +177,8 @@ def inherit_model(model: ModelConfig, lora: LoraConfig, data: TrainingData) -> t
         )
     old_names = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("id2label")
     sources = class_sources(model, old_names, old_encoder.config.num_classes, data.classes)
+    if model.flow_map_layers > 0:
+        check_taught_model(model, old_encoder, sources, data.classes)
     if lora.rank is None:
         classes, notes = data.classes, [f"started from {folder}", describe_classes(sources, data.classes)]
         resize_class_embedding(old_encoder, sources)
@@ -236,6 +252,25 @@ def check_adapted_sequence(model: ModelConfig, old: ARConditionEncoder) -> None:
         )
 
 
+def check_taught_model(
+    model: ModelConfig, old: ARConditionEncoder, sources: list[int | None], classes: list[str]
+) -> None:
+    """Raise ConfigError if a flow map would make sequences or classes that its teacher has not learned."""
+    scales = old.config.scales and list(old.config.scales)
+    if (model.patch_size, model.scales) != (old.config.patch_size, scales):
+        raise ConfigError(
+            f"a flow map makes the sequences of its teacher, model.start_from (patch_size {old.config.patch_size}, "
+            f"scales {scales}), but model.patch_size is {model.patch_size} and model.scales is {model.scales}: set "
+            "them alike"
+        )
+    unknown = [name for name, source in zip(classes, sources, strict=True) if source is None]
+    if unknown:
+        raise ConfigError(
+            f"the teacher of a flow map, model.start_from, does not know {', '.join(unknown[:5])}: train a velocity "
+            "model of these classes first"
+        )
+
+
 def adapted_classes(sources: list[int | None], classes: list[str], null_class: int) -> Tensor:
     """`TrainingModel.class_ids` of a LoRA run, in which the pipeline that is adapted keeps its classes."""
     unknown = [name for name, source in zip(classes, sources, strict=True) if source is None]
@@ -290,25 +325,44 @@ def build_optimizer(built: TrainingModel, optimizer: OptimizerConfig) -> torch.o
     return torch.optim.AdamW(groups, fused=True if optimizer.kind == "fused" else None, **arguments)
 
 
-def sampling_settings(config: TrainConfig) -> dict[str, float]:
+def recommended_by(folder: str | None) -> dict[str, Any]:
+    """What the pipeline folder to start from says of its sampling: the entries of its index and of its scheduler."""
+    found: dict[str, Any] = {}
+    for name in ("model_index.json", "scheduler/scheduler_config.json") if folder is not None else ():
+        path = Path(str(folder), name)
+        found |= json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def sampling_settings(config: TrainConfig) -> dict[str, Any]:
     """The values of `SamplingConfig`: those set, else those of the pipeline to start from, else the defaults."""
-    settings = dict(DEFAULT_SAMPLING)
-    if config.model.start_from is not None:
-        folder = Path(config.model.start_from)
-        for name in ("model_index.json", "scheduler/scheduler_config.json"):
-            if (folder / name).is_file():
-                found = json.loads((folder / name).read_text(encoding="utf-8"))
-                settings |= {key: found[key] for key in settings if found.get(key) is not None}
+    found = recommended_by(config.model.start_from)
+    settings = {key: default if found.get(key) is None else found[key] for key, default in DEFAULT_SAMPLING.items()}
+    if config.loss.kind == "flow_map":
+        settings |= FLOW_MAP_SAMPLING
     return settings | {key: value for key, value in vars(config.sampling).items() if value is not None}
 
 
+def teacher_guidance(config: TrainConfig) -> list[float]:
+    """The guidance that a flow map learns, for each image of its sequences: that set, else the teacher's own."""
+    scale = config.loss.guidance_scale
+    if scale is None:
+        scale = recommended_by(config.model.start_from).get("guidance_scale")
+    try:
+        return guidance_per_image(1.0 if scale is None else scale, config.model.images_in_sequence)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"loss.guidance_scale: {error}") from None
+
+
 def build_pipeline(
-    built: TrainingModel, vae: AutoencoderKL, sampling: Mapping[str, float], classes: list[str]
+    built: TrainingModel, vae: AutoencoderKL, sampling: Mapping[str, Any], classes: list[str]
 ) -> TransDiffPipeline:
     """The inference pipeline around the networks of a run, with `sampling_settings`."""
-    scheduler = FlowMatchEulerMaruyamaScheduler(
+    scheduler: SchedulerMixin = FlowMatchEulerMaruyamaScheduler(
         drift_scale=sampling["drift_scale"], diffusion_scale=sampling["diffusion_scale"]
     )
+    if built.transformer.config.num_flow_map_layers > 0:
+        scheduler = FlowMapScheduler()
     return TransDiffPipeline(
         condition_encoder=built.condition_encoder,
         transformer=built.transformer,
@@ -316,4 +370,5 @@ def build_pipeline(
         scheduler=scheduler,
         id2label=dict(enumerate(classes)),
         guidance_scale=sampling["guidance_scale"],
+        num_inference_steps=sampling["num_inference_steps"],
     )

@@ -13,11 +13,29 @@ from torch import Tensor
 
 from transdiff_pipelines import ARConditionEncoder, TransDiffTransformer2DModel
 from transdiff_pipelines.latents import NUM_TRAIN_TIMESTEPS, noise_latents
+from transdiff_pipelines.models.key_value_cache import KeyValue
 
 
 def tile(tensor: Tensor, times: int) -> Tensor:
     """The whole batch `times` times, one copy after the other (not each element repeated in place)."""
     return tensor.repeat(times, *[1] * (tensor.ndim - 1))
+
+
+def condition_prefixes(
+    encoder: ARConditionEncoder, transformer: TransDiffTransformer2DModel, latents: Tensor, labels: Tensor
+) -> list[list[KeyValue]]:
+    """What the decoder attends to for each of the N images, projected once for all of them and all times.
+
+    Args:
+        latents: `(B, N, C, s, s)` images of the sequences in scaled units.
+        labels: `(B,)` class indices; the null class where the label is dropped.
+    """
+    num_images = latents.shape[1]
+    references = latents[:, :-1] if num_images > 1 else None
+    projected = transformer.project_condition(encoder(labels, references).condition)
+    # Eq. 12: attention is block-causal, so the condition of image i is a prefix of the whole one.
+    ends = list(accumulate(encoder.group_sizes))[:num_images]
+    return [[(key[:, :end], value[:, :end]) for key, value in projected] for end in ends]
 
 
 def prefix_losses(
@@ -46,18 +64,13 @@ def prefix_losses(
     Raises:
         ValueError: if the shapes do not fit together.
     """
-    batch, num_images = latents.shape[:2]
     times = check_shapes(latents, timesteps, noise)
-    references = latents[:, :-1] if num_images > 1 else None
-    projected = transformer.project_condition(encoder(labels, references).condition)
     losses = []
-    for image, end in zip(range(num_images), accumulate(encoder.group_sizes), strict=False):
+    for image, prefix in enumerate(condition_prefixes(encoder, transformer, latents, labels)):
         clean = tile(latents[:, image], times)
         # Eq. 4: x_t = (1 - t) x_0 + t eps with velocity eps - x_0; the network sees the truncated t as well.
         sigma = (timesteps[image].to(clean.dtype) / NUM_TRAIN_TIMESTEPS).view(-1, 1, 1, 1)
         noisy = noise_latents(clean, noise[image], sigma)
-        # Eq. 12: attention is block-causal, so the condition of image i is a prefix of the whole one.
-        prefix = [(key[:, :end], value[:, :end]) for key, value in projected]
         velocity = transformer(noisy, timesteps[image], prefix).sample
         losses.append(F.mse_loss(velocity.float(), (noise[image] - clean).float()))
     return torch.stack(losses)

@@ -6,12 +6,13 @@ weights, can be compared.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from training.data.batches import GroupBatches, TrainingData, batch_loader
-from training.data.vae import PixelEncoder
+from training.data.batches import Batch, GroupBatches, TrainingData, batch_loader
 from training.settings.config import TrainConfig
 
 
@@ -23,13 +24,17 @@ class Validation:
         held_out: the images.
         config: gives the batch size, the diffusion batch multiplier and the seed.
         accelerator: all its processes take part, each with its share of every batch.
-        encode: makes latents of images that are not cached.
+        prepare: makes latents of images that are not cached, and of a flow map's batch what its teacher makes of it.
     """
 
     def __init__(
-        self, held_out: TrainingData, config: TrainConfig, accelerator: Accelerator, encode: PixelEncoder
+        self,
+        held_out: TrainingData,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        prepare: Callable[[Batch], Batch],
     ) -> None:
-        self.accelerator, self.encode, self.workers = accelerator, encode, config.data.workers
+        self.accelerator, self.prepare, self.workers = accelerator, prepare, config.data.workers
         self.batches = GroupBatches.of(
             config,
             held_out,
@@ -48,7 +53,7 @@ class Validation:
         device = self.accelerator.device
         losses = []
         for batch in batch_loader(self.batches, 0, self.count, self.workers):
-            batch = self.encode({name: tensor.to(device) for name, tensor in batch.items()})
+            batch = self.prepare({name: tensor.to(device) for name, tensor in batch.items()})
             with self.accelerator.autocast():
                 losses.append(module(**batch).float().mean())
         module.train(training)

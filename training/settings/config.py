@@ -47,11 +47,18 @@ class ModelConfig:
     attention_head_dim: int | None = option(None, "width of a head; the width of both networks is heads x this")
     num_class_tokens: int | None = option(None, "copies of the class embedding in front of the sequence (paper: 64)")
     dropout: float = option(0.1, "on attention probabilities and projections, in training only")
+    flow_map_layers: int = option(
+        0,
+        "blocks of the decoder, the last ones, that see where a flow map goes; 0: a velocity model. For "
+        "loss.kind=flow_map",
+    )
     frozen: list[str] = option([], f"networks that are not trained, of {', '.join(LATENT_PARTS)}")
 
     def __post_init__(self) -> None:
         require(self.patch_size >= 1, f"model.patch_size is {self.patch_size}; it must be 1 or more")
         require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; it must be in [0, 1)")
+        layers = self.flow_map_layers
+        require(layers >= 0, f"model.flow_map_layers is {layers}; it must be 0 (a velocity model) or more")
         for name in self.frozen:
             require(name in LATENT_PARTS, f"model.frozen names {name!r}; valid names: {', '.join(LATENT_PARTS)}")
         require(
@@ -174,6 +181,16 @@ class DataConfig:
 
 @dataclass
 class LossConfig:
+    kind: Literal["velocity", "flow_map"] = option(
+        "velocity",
+        "velocity: the paper's loss; flow_map: average velocities along the paths of model.start_from, for images in "
+        "few calls (see model.flow_map_layers)",
+    )
+    guidance_scale: list[float] | None = option(
+        None,
+        "flow_map: the guidance that is built in, for each image of the sequence; null: what the teacher recommends",
+    )
+    teacher_steps: int = option(12, "flow_map: steps of a path; where it is learned is on their grid, moved at random")
     diffusion_batch_mul: int = option(4, "timesteps and noises per latent and encoder pass (paper: 4, MRAR 2)")
     label_dropout: float = option(0.1, "probability that a group's label becomes the null class (for guidance)")
 
@@ -181,6 +198,14 @@ class LossConfig:
         mul = self.diffusion_batch_mul
         require(mul >= 1, f"loss.diffusion_batch_mul is {mul}; it must be 1 or more")
         require(0 <= self.label_dropout < 1, f"loss.label_dropout is {self.label_dropout}; it must be in [0, 1)")
+        steps = self.teacher_steps
+        require(2 <= steps <= 100, f"loss.teacher_steps is {steps}; it must be in 2..100")
+        if self.kind == "flow_map":
+            require(mul >= 2, f"loss.diffusion_batch_mul is {mul}; a flow map needs 2 or more: one is the velocity")
+            require(
+                self.label_dropout == 0,
+                f"loss.label_dropout is {self.label_dropout}; a flow map has its guidance built in: set it to 0",
+            )
 
 
 @dataclass
@@ -317,10 +342,16 @@ class SamplingConfig:
     guidance_scale: float | None = option(None, "recommended classifier-free guidance", free_on_resume=True)
     drift_scale: float | None = option(None, "scheduler: scale of the SDE's drift", free_on_resume=True)
     diffusion_scale: float | None = option(None, "scheduler: scale of the SDE's noise", free_on_resume=True)
+    num_inference_steps: int | None = option(
+        None, "recommended steps; null: as model.start_from, of a flow map 4", free_on_resume=True
+    )
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            require(value is None or value >= 0, f"sampling.{name} is {value}; it must be 0 or more, or null")
+            least = 1 if name == "num_inference_steps" else 0
+            require(
+                value is None or value >= least, f"sampling.{name} is {value}; it must be {least} or more, or null"
+            )
 
 
 @dataclass
@@ -385,6 +416,7 @@ class TrainConfig:
             self.data.vae = f"{start}/vae"
         require(bool(self.data.vae), "data.vae is missing: the folder or Hub name of an AutoencoderKL")
         require(self.lora.rank is None or start is not None, "lora.rank needs model.start_from: a pipeline to adapt")
+        self._check_flow_map()
         unsplit = {
             "lora.rank": self.lora.rank is not None,
             "mixed_precision=fp16": self.mixed_precision == "fp16",
@@ -395,6 +427,17 @@ class TrainConfig:
         require(not wrong, f"sharding={self.sharding} does not work with {', '.join(wrong)}; unset one of the two")
         require(self.log_every >= 1, f"log_every is {self.log_every}; it must be 1 or more")
         require(0 <= self.seed < 2**63, f"seed is {self.seed}; it must be in 0 .. 2**63 - 1")
+
+    def _check_flow_map(self) -> None:
+        layers = self.model.flow_map_layers
+        if self.loss.kind == "velocity":
+            require(layers == 0, f"model.flow_map_layers is {layers}, but loss.kind is velocity: set it to flow_map")
+            return
+        require(
+            layers > 0, "loss.kind=flow_map needs model.flow_map_layers: a third to a half of the decoder's blocks"
+        )
+        require(self.model.start_from is not None, "loss.kind=flow_map needs model.start_from: the teacher")
+        require(self.lora.rank is None, "loss.kind=flow_map trains the weights themselves: unset lora.rank")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
