@@ -360,8 +360,8 @@ class TestCommands:
 
         def generate(pipeline, labels, seed, num_inference_steps):
             drawn.append(num_inference_steps)
-            images = torch.rand(len(labels), 32, 32, 3, generator=seeded(seed)) * labels[:, None, None, None] / 9
-            return images.numpy().astype(np.float64)
+            images = torch.rand(len(labels), 32, 32, 3, generator=seeded(seed)).numpy().astype(np.float64)
+            return images * labels[:, None, None, None] / 9
 
         monkeypatch.setattr(few_steps, "generate", generate)
         monkeypatch.setattr(

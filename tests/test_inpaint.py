@@ -327,7 +327,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("mask", "error", "message"),
         [
-            (Image.new("L", (8, 9)), ValueError, "mask_image has 8x9 pixels and the image 8x8"),
+            (Image.new("L", (8, 9)), ValueError, "mask_image has 8x9 pixels, but"),
             (torch.zeros(4, 4), ValueError, "mask_image has 4x4 pixels"),
             (Image.new("RGBA", (8, 8)), ValueError, r"mode 'RGBA'; convert it: mask_image.convert\('L'\)"),
             (torch.zeros(8, 8, dtype=torch.uint8), TypeError, "mask_image is an array of torch.uint8"),
