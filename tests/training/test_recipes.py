@@ -283,7 +283,7 @@ def test_what_is_unset_is_taken_from_the_pipeline_to_start_from(small, base: Pat
     assert expected.scheduler.config.drift_scale != 1.0
     assert trainer.preview_config.labels == [0, 1, 2]
     set_ = Trainer(small("finetune_classes", **{"sampling.drift_scale": 0.5, "preview.labels": "[1]"}))
-    assert set_.pipeline(set_.module).scheduler.config.drift_scale == 0.5
+    assert set_.export.pipeline(set_.module).scheduler.config.drift_scale == 0.5
     assert set_.preview_config.labels == [1]
 
 
