@@ -6,8 +6,9 @@ script, packed by `save_lora_weights`. `models.lora_file` reads those that other
 """
 
 import os
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ from ..models.adapters import (
     adapter_names,
     adapters_restored_on_failure,
     check_adapter_name,
+    check_adapter_weights,
+    check_can_change,
     check_loads,
     config_of_layers,
+    restore_scaling,
 )
 from ..models.attention import check_attention_kwargs, weighable_layers
 from ..models.lora_file import LoraAdapter, LoraFileError, fetch_lora, misfits, named_as_peft, split_by_component
@@ -170,7 +174,9 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
             adapter_name: which adapter of a model that has several.
 
         Raises:
-            ValueError: no layers were given, or some that are none, or a model without an adapter of that name.
+            TypeError: layers that are neither a model nor a dict of tensors.
+            ValueError: no layers were given, or some that are none, or a model without an adapter of that name; or a
+                `weight_name` that would not be loaded.
         """
         layers = {"condition_encoder": condition_encoder_lora_layers, "transformer": transformer_lora_layers}
         metadata = {
@@ -180,6 +186,7 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
         given = {name: component for name, component in layers.items() if component}
         if not given:
             raise ValueError("no LoRA layers to save; pass transformer_lora_layers or condition_encoder_lora_layers")
+        _check_file_name(weight_name, safe_serialization and save_function is None)
         if not is_main_process:
             return
         holds_config = safe_serialization and save_function is None
@@ -235,6 +242,32 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
         if not any(layers):
             logger.warning(f"attention_kwargs has scale {scale}, but no LoRA is loaded: it changes nothing")
 
+    def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
+        """Make these adapters the active ones, with their weights: one for all, or one for each; by default 1.
+
+        Raises:
+            TypeError, ValueError: no names or unknown ones, a weight that is no finite number, or adapters are fused.
+        """
+        if not adapter_names:
+            raise ValueError("adapter_names is empty; disable_lora() switches all adapters off")
+        for model in self._lora_models().values():
+            check_can_change(model)
+        check_adapter_weights(adapter_weights)
+        weights = list(adapter_weights) if isinstance(adapter_weights, tuple) else adapter_weights
+        super().set_adapters(adapter_names, weights)
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """Take adapters out of both components; ValueError for an unknown name, and while adapters are fused."""
+        self._check_present([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        for model in self._lora_models().values():
+            check_can_change(model)
+        super().delete_adapters(adapter_names)
+
+    def _check_present(self, names: Sequence[str]) -> None:
+        present = {name for model in self._lora_models().values() for name in adapter_names(model)}
+        if missing := [name for name in names if name not in present]:
+            raise ValueError(f"there is no adapter called {missing[0]!r}; the pipeline has {sorted(present)}")
+
     def fuse_lora(
         self,
         components: list[str] | None = None,
@@ -243,12 +276,35 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
         adapter_names: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the adapters to the weights of `components`, by default both: no cost at run time."""
+        """Add the adapters to the weights of `components`, by default both: no cost at run time.
+
+        Raises:
+            ValueError: no component has an adapter of one of the `adapter_names`.
+        """
+        self._check_present(adapter_names or [])
         super().fuse_lora(components or self._lora_loadable_modules, lora_scale, safe_fusing, adapter_names, **kwargs)
 
     def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
         """Take fused adapters out of the weights of `components` again, by default both."""
         super().unfuse_lora(components or self._lora_loadable_modules, **kwargs)
+        # diffusers goes to the layers by itself, and knows nothing of what `AdapterMixin.fuse_lora` keeps.
+        for name, model in self._lora_models().items():
+            if not components or name in components:
+                restore_scaling(model)
+
+
+def _check_file_name(name: str | None, safetensors: bool) -> None:
+    """Raise ValueError for a file that would not be loaded: its ending decides how it is read."""
+    if name is None:
+        return
+    if Path(name).name != name:
+        raise ValueError(f"weight_name is {name!r}; expected a file's name, whose folder is save_directory")
+    if (Path(name).suffix == ".safetensors") != safetensors:
+        raise ValueError(
+            f"weight_name is {name!r}; it must end in .safetensors"
+            if safetensors
+            else f"weight_name is {name!r}, but what is written is no safetensors file; use another ending, .bin"
+        )
 
 
 def _layers_and_config(
@@ -260,7 +316,8 @@ def _layers_and_config(
         return layers, config_of_layers(layers)
     from peft.utils import get_peft_model_state_dict
 
-    model: Any = getattr(layers, "_orig_mod", layers)
+    model: Any = getattr(layers, "module", layers)  # as DistributedDataParallel wraps it
+    model = getattr(model, "_orig_mod", model)
     names = adapter_names(model)
     if adapter_name is None and len(names) == 1:
         adapter_name = names[0]
@@ -297,5 +354,6 @@ def _adapters_of(
             f"{described}, and they fit {' and '.join(fitting)}; put the component's name before theirs"
         )
     reasons = "; ".join(f"{name}: {', '.join(found)}" for name, found in problems.items())
-    kohya = "; kohya's names, with underscores, are not understood" if "lora_unet_" in names[0] else ""
+    underscored = re.search(r"_\d+_", names[0].partition(".")[0])
+    kohya = "; kohya's names, with underscores, are not understood" if underscored else ""
     raise LoraFileError(f"{described}, and they do not fit any ({reasons}){kohya}")

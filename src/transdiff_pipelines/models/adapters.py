@@ -1,9 +1,11 @@
 """LoRA adapters on a model: loaded whole or not at all, never lost to another function, never saved as weights."""
 
+import math
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -53,6 +55,34 @@ def check_not_fused(model: nn.Module) -> None:
             f"{fused} are fused into the weights of {type(model).__name__}, and another adapter would unfuse them; "
             "call unfuse_lora() first, or keep them in the weights for good with unload_lora_weights()"
         )
+
+
+def check_can_change(model: nn.Module) -> None:
+    """Raise ValueError where adapters are fused: with another scale, or without them, they could not be taken out."""
+    if fused := fused_adapters(model):
+        raise ValueError(
+            f"{fused} are fused into the weights of {type(model).__name__}, and could not be taken out of them again "
+            "after this change; call unfuse_lora() first, or keep them in the weights for good with "
+            "unload_lora_weights()"
+        )
+
+
+def restore_scaling(model: nn.Module) -> None:
+    """Give adapters that were fused with a scale the scale that they had before."""
+    for layer in adapter_layers(model):
+        layer.scaling.update(layer.__dict__.pop("_scaling_unfused", {}))
+
+
+def check_adapter_weights(weights: Any) -> None:
+    """Raise TypeError or ValueError unless `weights`, and those in its lists and dicts, are finite numbers or None."""
+    if isinstance(weights, (list, tuple, Mapping)):
+        for weight in weights.values() if isinstance(weights, Mapping) else weights:
+            check_adapter_weights(weight)
+    elif weights is not None:
+        if isinstance(weights, bool) or not isinstance(weights, Real):
+            raise TypeError(f"the adapter's weight {weights!r} is a {type(weights).__name__}; expected a number")
+        if not math.isfinite(weights):
+            raise ValueError(f"the adapter's weight is {weights}; expected a finite number")
 
 
 def check_takes_adapter(model: nn.Module, modules: set[str]) -> None:
@@ -254,6 +284,58 @@ class AdapterMixin(PeftAdapterMixin):
                 **kwargs,
             )
         _ADAPTED.add(self)
+
+    def set_adapters(self, adapter_names: list[str] | str, weights: Any = None) -> None:
+        """`PeftAdapterMixin.set_adapters`; ValueError while adapters are fused, or for a weight that is none."""
+        check_can_change(self)
+        check_adapter_weights(weights)
+        super().set_adapters(adapter_names, weights)
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """`PeftAdapterMixin.delete_adapters`; layers that have no adapter left are the model's own again.
+
+        Raises:
+            ValueError: adapters are fused.
+        """
+        check_can_change(self)
+        super().delete_adapters(adapter_names)
+        # peft leaves its layers in, empty, and their names are none of the model's: it could not be saved.
+        _remove_empty_layers(self)
+        if not getattr(self, "peft_config", True):
+            self.unload_lora()
+
+    def fuse_lora(
+        self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
+    ) -> None:
+        """`PeftAdapterMixin.fuse_lora`; what fails leaves the weights as they were.
+
+        diffusers scales every active adapter anew with each call, also those that are in the weights already, and
+        never back: `unfuse_lora` would take out something else than was put in.
+        """
+        check_adapter_weights(lora_scale)
+        before = [(layer, list(layer.merged_adapters), dict(layer.scaling)) for layer in adapter_layers(self)]
+        for layer, merged, scaling in before:
+            if not merged:
+                layer._scaling_unfused = scaling
+            for name in set(layer.active_adapters if adapter_names is None else adapter_names) - set(merged):
+                if name in scaling:
+                    layer.scaling[name] = scaling[name] * lora_scale
+        try:
+            super().fuse_lora(1.0, safe_fusing, adapter_names)
+        except BaseException:
+            for layer, merged, scaling in before:
+                changed = layer.merged_adapters != merged
+                if changed:
+                    layer.unmerge()
+                layer.scaling.update(scaling)
+                if changed and merged:
+                    layer.merge(adapter_names=merged)
+            raise
+
+    def unfuse_lora(self) -> None:
+        """`PeftAdapterMixin.unfuse_lora`; the adapters have the scale again that they had before they were fused."""
+        super().unfuse_lora()
+        restore_scaling(self)
 
     def fuse_qkv_projections(self) -> None:
         """`AttentionMixin.fuse_qkv_projections`; ValueError where an adapter would be left out of the projections."""

@@ -5,6 +5,7 @@ programs put around that is taken off: the adapter's name, `base_model.model.`, 
 """
 
 import json
+import os
 import re
 import warnings
 from collections import Counter
@@ -132,6 +133,11 @@ def fetch_lora(source: Any, **options: Any) -> tuple[dict[str, torch.Tensor], di
     unknown = sorted(options.keys() - FILE_OPTIONS.keys())
     if unknown:
         raise TypeError(f"unknown options {unknown}; a LoRA file is found with {sorted(FILE_OPTIONS)}")
+    is_path = isinstance(source, (str, os.PathLike)) and (
+        Path(source).is_absolute() or Path(source).suffix == ".safetensors" or str(source).startswith((".", "~"))
+    )
+    if is_path and not Path(source).exists():
+        raise LoraFileError(f"there is no file or folder {source}")  # the Hub has no repository of such a name
     try:
         tensors, config = diffusers_internal("loaders.lora_base", "_fetch_state_dict")(
             source,
@@ -162,8 +168,11 @@ def named_as_peft(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
     """A file's tensors under peft's names; `MODULE.alpha` entries stay.
 
     Raises:
+        TypeError: it is no dict.
         LoraFileError: the file is empty, a tensor is no LoRA layer or no floating-point tensor, or a module has two.
     """
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"the LoRA layers are a {type(tensors).__name__}; expected a model, or a dict of tensors")
     if not tensors:
         raise LoraFileError("the LoRA file is empty; expected names that end in lora_A.weight and lora_B.weight")
     named: dict[str, torch.Tensor] = {}
