@@ -16,7 +16,7 @@ from diffusers import (
 from test_scheduler import gaussian_velocity
 from tiny import seeded, tiny_pipeline
 
-from transdiff_pipelines import FlowMatchEulerMaruyamaScheduler, FlowMatchSDEMultistepScheduler
+from transdiff_pipelines import FlowMapScheduler, FlowMatchEulerMaruyamaScheduler, FlowMatchSDEMultistepScheduler
 from transdiff_pipelines.pipelines.checks import FLOW_SCHEDULERS, check_scheduler
 
 
@@ -291,3 +291,24 @@ class TestTimeGrid:
         pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
         with pytest.raises(ValueError, match=f"{name} takes no custom sigmas"):
             pipe(0, timesteps=[1000, 500])
+
+
+class TestConfigs:
+    OWN = [FlowMapScheduler, FlowMatchEulerMaruyamaScheduler, FlowMatchSDEMultistepScheduler]
+
+    @pytest.mark.parametrize("cls", OWN)
+    def test_there_and_back_the_config_is_the_same(self, cls):
+        """What diffusers' SchedulerCommonTest.test_compatibles compares, private entries as well."""
+        scheduler = cls(shift=2.0)
+        for other in scheduler.compatibles:
+            back = cls.from_config(other.from_config(scheduler.config).config)
+            assert {name: back.config.get(name) for name in scheduler.config} == dict(scheduler.config)
+
+    @pytest.mark.parametrize("cls", OWN)
+    def test_a_keyword_that_nothing_reads_is_said(self, cls, caplog):
+        cls.from_config(cls().config, drift_scal=0.5)
+        assert "has no drift_scal, so that it changes nothing" in caplog.text
+
+    def test_a_number_as_text(self):
+        with pytest.raises(TypeError, match="drift_scale is '0.5', a str; expected a number"):
+            FlowMatchEulerMaruyamaScheduler(drift_scale="0.5")

@@ -3,6 +3,7 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import diffusers
@@ -10,10 +11,13 @@ import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..latents import noise_latents
 
+
+logger = logging.get_logger(__name__)
 
 # Two names of one thing: flow-match schedulers read `shift`, multistep ones `flow_shift`.
 _SHIFT_NAMES = ("shift", "flow_shift")
@@ -53,8 +57,17 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
     ) -> torch.Tensor:
         """x at `sigma_next` from velocity and x at `sigma`; `noise` is None where the step adds none."""
 
+    def _check_config(self) -> None:
+        """Raise TypeError for an entry that is no number and should be one."""
+        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
+            value = self.config.get(name)
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            if type(parameter.default) in (int, float) and not is_number:
+                raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; expected a number")
+
     def _initialize(self) -> None:
         """Check the config, have it handed on whole by `from_config`, and stand at the start of the training grid."""
+        self._check_config()
         config = self.config
         if not config.shift > 0:
             raise ValueError(f"shift is {config.shift}; it must be positive, and is 1 in the published models")
@@ -74,9 +87,8 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
         # `from_config` drops the entries that a config lists as left at their default. Here none may be dropped:
         # without `prediction_type`, DPM-Solver would run as noise prediction and return garbage, and a value that
         # somebody puts into a copy of this config would be dropped with the default it replaces.
-        if "_use_default_values" in config:  # absent on a scheduler reloaded from its saved config
-            # The class name, which a saved config has, tells other schedulers' `from_config` whose entries these are.
-            self.register_to_config(_use_default_values=[], _class_name=type(self).__name__)
+        # The class name, which a saved config has, tells other schedulers' `from_config` whose entries these are.
+        self.register_to_config(_use_default_values=[], _class_name=type(self).__name__)
         # Which of the two names somebody changes in a copy of this config is seen from the value both had.
         if self.config.shift != 1:
             self.register_to_config(_shift=self.config.shift)
@@ -96,6 +108,9 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
 
         diffusers drops every entry that the config lists as left at its default, also one that was changed since.
         """
+        known = set(inspect.signature(cls.__init__).parameters) | set(config_dict) | set(_SHIFT_NAMES)
+        if strange := sorted(kwargs.keys() - known):
+            logger.warning(f"{cls.__name__} has no {' and no '.join(strange)}, so that it changes nothing here")
         defaults = _defaults(config_dict.get("_class_name"), [cls, *cls._get_compatibles()])
         unset = [
             name

@@ -14,14 +14,14 @@ class FlowMatchSDEScheduler(FlowMatchScheduler):
     `FlowMatchEulerMaruyamaScheduler`, and its `__init__` ends with `self._initialize()`.
     """
 
-    def _initialize(self) -> None:
+    def _check_config(self) -> None:
+        super()._check_config()
         config = self.config
         if not 0 < config.sigma_last <= 1:
             raise ValueError(f"sigma_last is {config.sigma_last}; it must lie in (0, 1], 0.04 in the published models")
         for name in ("drift_scale", "diffusion_scale"):
             if not (math.isfinite(config[name]) and config[name] >= 0):
                 raise ValueError(f"{name} is {config[name]}; it must be a finite number of at least 0")
-        super()._initialize()
 
     def _default_grid(self, num_inference_steps: int) -> torch.Tensor:
         """linspace(1, sigma_last, n)."""
