@@ -217,3 +217,18 @@ def test_an_embedding_with_an_adapter_is_not_replaced() -> None:
     with pytest.raises(ValueError, match="the class embedding has a LoRA adapter"):
         pipe.resize_class_embeddings(NEW)
     assert pipe.config.id2label == OLD
+
+
+def test_an_encoder_brings_its_own_names() -> None:
+    """As many classes as the other pipeline's encoder has, so that the other's names would fit."""
+    donor = tiny_pipeline(guidance_scale=2.0)
+    donor.resize_class_embeddings(["a", "b", "c", "d", "e"])
+    pipe = TransDiffPipeline.from_pipe(tiny_pipeline(), condition_encoder=donor.condition_encoder)
+    assert pipe.labels == donor.labels == {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
+    assert pipe.config.guidance_scale == 2.0
+
+
+@pytest.mark.parametrize("label", [1, [1], None])
+def test_a_class_name_is_a_str(label) -> None:
+    with pytest.raises(TypeError, match="class name .* expected a str"):
+        tiny_pipeline().get_label_ids(label)

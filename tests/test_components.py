@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AsymmetricAutoencoderKL,
     AutoencoderDC,
+    AutoencoderKLWan,
     AutoencoderTiny,
     FlowMatchEulerDiscreteScheduler,
     ModelMixin,
@@ -322,3 +323,69 @@ def test_the_bundled_model_previews_with_another_decoder(tmp_path: Path) -> None
     tiny_pipeline().save_pretrained(tmp_path)
     pipe = TransDiffPipeline.from_pretrained(tmp_path, vae=tiny_autoencoder())
     assert pipe(0, **STEPS).images[0].size == (PIXELS, PIXELS)
+
+
+class TestReplacedComponents:
+    """Attributes of a pipeline that were set after it was made are checked before a call's work."""
+
+    @pytest.mark.parametrize(
+        ("name", "make", "message"),
+        [
+            ("vae", lambda: tiny_vae(latent_channels=8), "the VAE decodes 8"),
+            ("transformer", lambda: tiny_transformer(cross_attention_dim=32), "cross_attention_dim is 32"),
+        ],
+    )
+    def test_what_does_not_fit(self, name, make, message, monkeypatch):
+        pipe = tiny_pipeline()
+        monkeypatch.setattr(TransDiffPipeline, "denoise", None)
+        setattr(pipe, name, make())
+        with pytest.raises(ValueError, match=message):
+            pipe(1, num_inference_steps=2)
+
+    def test_a_compiled_vae(self):
+        pipe = tiny_pipeline()
+        pipe.vae = torch.compile(pipe.vae, backend="eager")
+        assert len(pipe(1, num_inference_steps=1).images) == 1
+
+
+def test_a_vae_of_videos_is_refused():
+    vae = AutoencoderKLWan(base_dim=8, z_dim=CHANNELS, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False])
+    with pytest.raises(ValueError, match="AutoencoderKLWan decodes videos"):
+        tiny_pipeline(vae=vae)
+
+
+def test_a_pipeline_saved_without_a_component_is_loaded(tmp_path):
+    tiny_pipeline(vae=None, condition_encoder=None).save_pretrained(tmp_path)
+    pipe = TransDiffPipeline.from_pretrained(tmp_path)
+    assert pipe.vae is None
+    assert pipe.condition_encoder is None
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("vae", lambda pipe: pipe.decode_latents(torch.zeros(1, CHANNELS, SIDE, SIDE))),
+        ("vae", lambda pipe: pipe.encode_image(torch.zeros(1, 3, PIXELS, PIXELS))),
+        ("condition_encoder", lambda pipe: pipe.encode_condition(1)),
+        ("condition_encoder", lambda pipe: pipe.resize_class_embeddings(["a"])),
+    ],
+)
+def test_methods_beside_the_call_say_what_is_missing(name, use):
+    with pytest.raises(ValueError, match=f"this pipeline has no {name}"):
+        use(tiny_pipeline(**{name: None}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"latents": np.zeros((1, CHANNELS, SIDE, SIDE))}, r"latents is a ndarray; .* torch\.as_tensor"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end is a int; expected a function"),
+        (
+            {"callback_on_step_end": lambda *_: torch.zeros(2)},
+            "callback_on_step_end returned a Tensor; expected a dict",
+        ),
+    ],
+)
+def test_arguments_of_another_type(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        tiny_pipeline()(1, num_inference_steps=1, **arguments)

@@ -320,7 +320,9 @@ def check_strength(strength: float) -> None:
 
 
 def check_latents(latents: torch.Tensor | None, shape: tuple[int, ...]) -> None:
-    """Raise ValueError for initial latents of another shape than `(B, C, s, s)`."""
+    """Raise TypeError for what is no tensor, ValueError for initial latents of another shape than `(B, C, s, s)`."""
+    if latents is not None and not isinstance(latents, torch.Tensor):
+        raise TypeError(f"latents is a {type(latents).__name__}; expected a tensor: torch.as_tensor(latents)")
     if latents is not None and tuple(latents.shape) != shape:
         raise ValueError(f"latents have shape {tuple(latents.shape)}; expected {shape}: one for each image")
 
@@ -335,7 +337,12 @@ def check_generator(generator: torch.Generator | list[torch.Generator] | None, b
 
 
 def tensor_inputs_of(callback: Callable[..., Any] | None, named: Sequence[str]) -> Sequence[str]:
-    """What a callback wants to be given: diffusers' callback objects say it themselves."""
+    """What a callback wants to be given: diffusers' callback objects say it themselves. TypeError for no function."""
+    if callback is not None and not callable(callback):
+        raise TypeError(
+            f"callback_on_step_end is a {type(callback).__name__}; expected a function, called with (pipe, step, "
+            "timestep, tensors)"
+        )
     is_object = isinstance(callback, (PipelineCallback, MultiPipelineCallbacks))
     return callback.tensor_inputs if is_object else named  # type: ignore[union-attr]
 

@@ -41,8 +41,11 @@ class ClassNames:
         """The class id of a name.
 
         Raises:
+            TypeError: it is no str.
             ValueError: no class has that name, or several have.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"class name {name!r} is a {type(name).__name__}; expected a str")
         ids = self.ids_by_name.get(name, [])
         if len(ids) == 1:
             return ids[0]

@@ -180,6 +180,8 @@ class ClassSetMixin(ConfigMixin):
             TypeError, ValueError: the ids are not 0..n-1, a name is no string or means several old classes, or the
                 embedding has a LoRA adapter. Nothing is changed then.
         """
+        if self.condition_encoder is None:
+            raise ValueError("this pipeline has no condition_encoder, whose classes these would be")
         names = names_by_id(id2label)
         sources = match_classes(self.config.id2label, names, self.condition_encoder.config.num_classes)
         resize_class_embedding(self.condition_encoder, sources)

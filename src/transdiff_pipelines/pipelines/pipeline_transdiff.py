@@ -8,7 +8,7 @@ M condition tokens, D condition width.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -149,6 +149,8 @@ class TransDiffPipeline(
         ValueError: the components do not belong together, or the scheduler does not predict flow.
     """
 
+    # What a call can do without; a pipeline saved without one loads again.
+    _optional_components = ["condition_encoder", "vae"]
     model_cpu_offload_seq = "condition_encoder->transformer->vae"
     _callback_tensor_inputs = ["latents", "condition"]
 
@@ -159,7 +161,7 @@ class TransDiffPipeline(
         vae: AutoencoderKL | ModelMixin | None,
         scheduler: SchedulerMixin,
         # diffusers warns of values that are not of these types, and JSON knows neither int keys nor float from int.
-        id2label: dict | None = None,  # type: ignore[type-arg]
+        id2label: dict | list | None = None,  # type: ignore[type-arg]
         guidance_scale: float | list | None = None,  # type: ignore[type-arg]
         num_inference_steps: int | None = None,
     ):
@@ -191,7 +193,11 @@ class TransDiffPipeline(
 
         diffusers leaves a VAE behind that is of none of the annotated classes itself, so it is passed on here.
         """
-        return super().from_pipe(pipeline, **{"vae": getattr(pipeline, "vae", None)} | kwargs)
+        passed = {"vae": getattr(pipeline, "vae", None)} | kwargs
+        if getattr(kwargs.get("condition_encoder"), "_class_set", None) is not None:
+            # An encoder that another pipeline had brings its own names and settings; those of `pipeline` are of its.
+            passed = {"id2label": None, "guidance_scale": None, "num_inference_steps": None} | passed
+        return super().from_pipe(pipeline, **passed)
 
     @property
     def _call(self) -> CallState:
@@ -264,9 +270,11 @@ class TransDiffPipeline(
         """Class ids of one name or a list of names.
 
         Raises:
+            TypeError: a name is no str.
             ValueError: a name is unknown (the nearest matches are named) or means several classes.
         """
-        return [self._class_names.id_of(name) for name in ([label] if isinstance(label, str) else label)]
+        names = label if isinstance(label, Iterable) and not isinstance(label, str) else [label]
+        return [self._class_names.id_of(name) for name in names]
 
     @torch.no_grad()
     def encode_condition(
@@ -281,6 +289,7 @@ class TransDiffPipeline(
         `num_classes` is the null class, the unconditional branch of guidance. With a `cache` from
         `condition_encoder.new_cache()` a sequence is encoded group by group, see `ARConditionEncoder.forward`.
         """
+        check_present(condition_encoder=self.condition_encoder)
         num_classes = self.condition_encoder.config.num_classes
         if not isinstance(class_labels, torch.Tensor):
             class_labels = torch.tensor(parse_class_labels(class_labels, self._class_names, num_classes))
@@ -463,6 +472,7 @@ class TransDiffPipeline(
         The posterior's mode, not a sample as in diffusers' own pipelines: it takes no random numbers, so a seed keeps
         its noise, and what an edit knows stays as near to the image as the VAE can.
         """
+        check_present(vae=self.vae)
         latents = encode_to_mode(self.vae, (2 * pixels - 1).to(self._execution_device))
         expected = self.latents_shape(len(pixels))
         if tuple(latents.shape) != expected:
@@ -487,6 +497,7 @@ class TransDiffPipeline(
         """Scaled latents `(B, C, s, s)` to images of the `output_type`; "latent" gives them back as they are."""
         if output_type == "latent":
             return latents
+        check_present(vae=self.vae)
         images = decode(self.vae, unscale_latents(latents, vae_config(self.vae)))
         return self.image_processor.postprocess(images, output_type=output_type)
 
@@ -666,6 +677,8 @@ class TransDiffPipeline(
             check_present(condition_encoder=self.condition_encoder)
         if needs_vae:
             check_present(vae=self.vae)
+        # Anything may have been put into the place of a component since the pipeline was made.
+        check_components(self.condition_encoder, self.transformer, self.vae)
         check_scheduler(self.scheduler, self.transformer)
 
     @contextmanager
@@ -745,6 +758,12 @@ class TransDiffPipeline(
 
         def on_step_end(_: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             given = {name: tensors[name] for name in settings.tensor_inputs}
-            return callback(self, next(steps), timestep, given) or {}
+            replaced = callback(self, next(steps), timestep, given)
+            if replaced is not None and not isinstance(replaced, Mapping):
+                raise TypeError(
+                    f"callback_on_step_end returned a {type(replaced).__name__}; expected a dict of replaced tensors, "
+                    "such as {'latents': latents}, or None"
+                )
+            return dict(replaced or {})
 
         return on_step_end

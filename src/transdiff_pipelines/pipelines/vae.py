@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from torch import nn
 
 
 def vae_config(vae: Any) -> Mapping[str, Any]:
@@ -21,12 +22,17 @@ def check_vae(vae: Any, latent_channels: int | None) -> None:
 
     Raises:
         TypeError: it has no `decode`, or is no model of diffusers, from which pipelines want `device` and `dtype`.
-        ValueError: it decodes another number of channels.
+        ValueError: it decodes another number of channels, or videos.
     """
     if isinstance(vae, type) or not callable(getattr(vae, "decode", None)):
         raise TypeError(f"vae is {describe(vae)}; expected a VAE of diffusers, or another model with decode(latents)")
+    vae = getattr(vae, "_orig_mod", vae)  # compiled
     if not isinstance(vae, ModelMixin):
         raise TypeError(f"vae is {describe(vae)}, which decodes, but is no diffusers.ModelMixin; make it one")
+    if any(isinstance(part, nn.Conv3d) for part in vae.modules()):
+        raise ValueError(
+            f"{type(vae).__name__} decodes videos; use a VAE of images, the one the model was trained with"
+        )
     own = vae_config(vae).get("latent_channels")
     if None not in (own, latent_channels) and own != latent_channels:
         raise ValueError(
