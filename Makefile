@@ -63,8 +63,9 @@ test-upstream: $(VENV)/.quantization ## run diffusers' own test mixins on these 
 
 # -W default: other versions deprecate other things, which is no fault of the tests; `make test` treats the warnings that
 # come with constraints.txt as errors.
-test-versions: $(VENV)-lowest/.versions $(VENV)-newest/.versions ## run tests with the lowest and the newest libraries
-	for end in lowest newest; do \
+ENDS ?= lowest newest
+test-versions: $(ENDS:%=$(VENV)-%/.versions) ## run tests with the lowest and the newest libraries
+	for end in $(ENDS); do \
 		python=$(VENV)-$$end/$(SCRIPTS)/python; \
 		$$python -m pip list --disable-pip-version-check | grep -E '^(torch|numpy|pillow|safetensors|$(HUGGING_FACE)) '; \
 		OMP_NUM_THREADS=1 $$python -m pytest -n 2 --dist loadfile -W default -m "not slow and not browser" \
