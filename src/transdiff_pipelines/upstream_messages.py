@@ -6,6 +6,7 @@ loggers say still appears. A message goes from the table when upstream stops wri
 
 import logging
 import re
+import warnings
 
 
 MESSAGES = {
@@ -27,6 +28,12 @@ MESSAGES = {
 }
 
 
+WARNINGS = {
+    # diffusers 0.42 passes it on at every download, whatever its caller said.
+    r"huggingface_hub\.utils\._validators": r"The `local_dir_use_symlinks` argument is deprecated and ignored in ",
+}
+
+
 class _LeaveOut(logging.Filter):
     """Drop the records whose message begins as `pattern` says."""
 
@@ -40,3 +47,6 @@ class _LeaveOut(logging.Filter):
 
 for _name, _pattern in MESSAGES.items():
     logging.getLogger(_name).addFilter(_LeaveOut(_pattern))
+
+for _module, _pattern in WARNINGS.items():
+    warnings.filterwarnings("ignore", message=_pattern, category=UserWarning, module=_module)
