@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, device = published_model(options.model), torch.device(options.device)
     layers = options.decoder_layers or model.size.decoder_layers
     size = replace(model.size, decoder_layers=layers, encoder_layers=2 * layers)
-    base = Setting(replace(model, size=size), 1, 4, DTYPES[options.dtype], False, device)
+    base = Setting(replace(model, size=size), 1, 4, DTYPES[options.dtype], "off", device)
     result: dict[str, Any] = {
         "command": command_line("benchmarks.growth"),
         "machine": describe(device),

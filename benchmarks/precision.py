@@ -23,7 +23,7 @@ from transdiff_pipelines.latents import unpack_latents
 from transdiff_pipelines.presets import published_model
 
 from .common.machine import DTYPES, describe
-from .common.peers import random_pipeline, recorded_step_noise
+from .common.peers import CPU, random_pipeline, recorded_step_noise
 from .common.report import command_line, markdown_table, write_json, write_text
 
 
@@ -40,10 +40,18 @@ KEPT = {
 
 
 class Run:
-    """A pipeline with the arguments and noise of one reproducible call."""
+    """A pipeline with the arguments and noise of one reproducible call, and the latents that were recorded for it."""
 
-    def __init__(self, name: str, pipeline: TransDiffPipeline, step_noise: torch.Tensor, **arguments: Any):
-        self.name, self.pipeline, self.step_noise, self.arguments = name, pipeline, step_noise, arguments
+    def __init__(
+        self,
+        name: str,
+        pipeline: TransDiffPipeline,
+        step_noise: torch.Tensor,
+        recorded: torch.Tensor | None = None,
+        **arguments: Any,
+    ):
+        self.name, self.pipeline, self.recorded, self.arguments = name, pipeline, recorded, arguments
+        self.step_noise = step_noise.to(pipeline.device)
         pipeline.set_progress_bar_config(disable=True)
 
     def latents(self, dtype: torch.dtype, kept: Sequence[str] = ()) -> torch.Tensor:
@@ -75,14 +83,15 @@ def keep_float32(module: nn.Module, dtype: torch.dtype) -> None:
     module.register_forward_hook(lambda _, args, output: cast(output, dtype))
 
 
-def golden_runs() -> Iterator[Run]:
-    """Every recorded trajectory of the golden models."""
+def golden_runs(device: torch.device = CPU) -> Iterator[Run]:
+    """Every recorded trajectory of the golden models, to be run on `device`."""
     vae = GOLDEN / "vae.checkpoint-last.pth"
     for name in GOLDEN_MODELS:
         with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
             meta = json.loads(file.metadata()["meta"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
         pipeline = convert_original_checkpoint(GOLDEN / f"{name}.checkpoint-last.pth", vae, num_attention_heads=2)
+        pipeline.to(device)
         side = pipeline.transformer.config.sample_size
         for case, (guidance, drift, diffusion) in enumerate(meta["cfg_scale0_scale1"]):
             scheduler = type(pipeline.scheduler).from_config(
@@ -92,6 +101,7 @@ def golden_runs() -> Iterator[Run]:
                 f"{name}, case {case}",
                 TransDiffPipeline(**(pipeline.components | {"scheduler": scheduler})),
                 torch.stack([unpack_latents(noise, 1, side, side) for noise in tensors[f"sample{case}.step_noise"]]),
+                tensors[f"sample{case}.latents"],
                 class_labels=tensors["labels"],
                 guidance_scale=guidance,
                 num_inference_steps=meta["num_inference_steps"],
@@ -99,13 +109,13 @@ def golden_runs() -> Iterator[Run]:
             )
 
 
-def random_run(name: str, steps: int) -> Run:
+def random_run(name: str, steps: int, device: torch.device = CPU) -> Run:
     """A random model of a published size, one image."""
     model = published_model(name)
     generator = torch.Generator().manual_seed(0)
     shape = (model.num_images * (steps - 1) + 1, 1, 16, model.latent_size, model.latent_size)
     noise, *step_noise = torch.randn(shape, generator=generator)
-    pipeline = random_pipeline(model)
+    pipeline = random_pipeline(model, device=device).to(device)
     return Run(
         f"random {name}, {steps} steps",
         pipeline,
@@ -119,6 +129,13 @@ def random_run(name: str, steps: int) -> Run:
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
     """|result - expected| / |expected|, Euclidean."""
     return ((result - expected).norm() / expected.norm()).item()
+
+
+def error_to_recorded(run: Run) -> float:
+    """Of float32 latents to what the authors' code computed on a CPU: the largest error over the largest value."""
+    assert run.recorded is not None, "the run has no recorded latents"
+    difference = run.latents(torch.float32).cpu() - run.recorded
+    return (difference.abs().max() / run.recorded.abs().max()).item()
 
 
 def errors(run: Run, dtypes: Sequence[str], kept: Sequence[str]) -> list[dict[str, Any]]:
@@ -157,6 +174,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="also a random model of this published size")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps of the random model")
     parser.add_argument("--kept", nargs="+", choices=list(KEPT), default=list(KEPT), help="for the random model")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, required=True, help="results go to OUTPUT.json and .md")
     return parser.parse_args(arguments)
 
@@ -164,13 +182,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     options = parse(arguments)
+    device = torch.device(options.device)
     result: dict[str, Any] = {
         "command": command_line("benchmarks.precision"),
-        "machine": describe(torch.device("cpu")),
-        "rows": [row for run in golden_runs() for row in errors(run, options.dtypes, list(KEPT))],
+        "machine": describe(device),
+        "rows": [row for run in golden_runs(device) for row in errors(run, options.dtypes, list(KEPT))],
     }
     if options.model:
-        result["rows"] += errors(random_run(options.model, options.steps), options.dtypes, options.kept)
+        result["rows"] += errors(random_run(options.model, options.steps, device), options.dtypes, options.kept)
     write_json(options.output.with_suffix(".json"), result)
     write_text(options.output.with_suffix(".md"), markdown(result))
     print(markdown(result))

@@ -25,7 +25,7 @@ from transdiff_pipelines.presets import PUBLISHED, published_model
 
 from .common.machine import DTYPES, CallClock, PeakMemory, describe, matrix_product_rate, synchronize
 from .common.operations import Operations, limit_arithmetic
-from .common.peers import DIT_STEPS, OurFloat32, OurPipeline, Peer, ReleasedCode, Setting, load_peers
+from .common.peers import COMPILE_MODES, DIT_STEPS, OurFloat32, OurPipeline, Peer, ReleasedCode, Setting, load_peers
 from .common.report import command_line, markdown_table, plt, save_figure, significant, write_json, write_text
 
 
@@ -184,7 +184,7 @@ def settings_of(options: argparse.Namespace) -> list[Setting]:
             batch_size,
             options.steps,
             DTYPES[dtype],
-            compiled == "on",
+            compiled,
             torch.device(options.device),
         )
         for name, batch_size, dtype, compiled in itertools.product(
@@ -224,7 +224,7 @@ def main_table(result: dict[str, Any]) -> str:
             row["peer"],
             row["batch_size"],
             row["dtype"],
-            "yes" if row["compiled"] else "no",
+            compiled_word(row),
             significant(row["load_seconds"]),
             significant(row["first_call_seconds"]),
             row["steps"],
@@ -239,6 +239,18 @@ def main_table(result: dict[str, Any]) -> str:
             significant(row["working_bytes"] / 1e9),
         ])  # fmt: skip
     return markdown_table(header, rows)
+
+
+def compiled_word(row: dict[str, Any]) -> str:
+    """How the row's networks were compiled; files of earlier runs have true and false there."""
+    words = {False: "no", True: "yes", "off": "no", "on": "yes"}
+    return words.get(row["compiled"], row["compiled"])
+
+
+def row_name(row: dict[str, Any]) -> str:
+    """A row in the figure."""
+    name = f"{row['model']} · {row['peer']} · batch {row['batch_size']} · {row['dtype']}"
+    return name if compiled_word(row) == "no" else f"{name} · compiled: {compiled_word(row)}"
 
 
 def num_images(row: dict[str, Any]) -> int:
@@ -273,7 +285,7 @@ def ratio_table(result: dict[str, Any]) -> str:
                 comparison["peer"],
                 comparison["batch_size"],
                 comparison["dtype"],
-                "yes" if comparison["compiled"] else "no",
+                compiled_word(comparison),
                 *(_ratio(comparison.get(name)) for name in RATIOS),
                 comparison["step_seconds"]["pairs"],
                 f"{comparison['operations_step']:.3f}",
@@ -321,8 +333,7 @@ def machine_line(setting: dict[str, Any]) -> str:
 def figure(result: dict[str, Any]) -> Any:
     """Seconds of a step, and ratios to ours with the limit from operations, one bar a row."""
     rows = [row for setting in result["settings"] for row in setting["rows"]]
-    names = [f"{row['model']} · {row['peer']} · batch {row['batch_size']} · {row['dtype']}" for row in rows]
-    names = [name + (" · compiled" if row["compiled"] else "") for name, row in zip(names, rows, strict=True)]
+    names = [row_name(row) for row in rows]
     drawn, (seconds, ratios) = plt.subplots(1, 2, figsize=(12, 0.3 * len(rows) + 1), sharey=True)
     colours = {peer: f"C{i}" for i, peer in enumerate(dict.fromkeys(row["peer"] for row in rows))}
     position = 0
@@ -355,7 +366,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="*", default=list(PUBLISHED), help="published models, by folder name")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32"])
-    parser.add_argument("--compile", nargs="+", choices=["off", "on"], default=["off"])
+    parser.add_argument("--compile", nargs="+", choices=COMPILE_MODES, default=["off"])
     parser.add_argument("--steps", type=int, default=100, help="denoising steps to run for each image")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each peer")
     parser.add_argument("--reference", type=Path, help="checkout of the released code, to compare with")

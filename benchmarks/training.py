@@ -7,15 +7,16 @@ wrote about its speed.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +27,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from training.data.batches import logit_normal_timesteps
 from training.dry_run import CPU_ATTENTION
 from training.model.build import TrainingModel, build_optimizer
-from training.model.ema import WeightAverage
+from training.model.ema import WeightAverage, local
 from training.model.loss import tile
+from training.outputs.metrics import Stopwatch
 from training.settings.config import OptimizerConfig
 from transdiff_pipelines import ARConditionEncoder, TransDiffTransformer2DModel
 from transdiff_pipelines.latents import NUM_TRAIN_TIMESTEPS, noise_latents
 from transdiff_pipelines.loaders.original_checkpoint import load_original_components
 from transdiff_pipelines.presets import PublishedModel, published_model
 
-from .common.machine import CallClock, describe
+from .common.machine import DTYPES, CallClock, PeakMemory, describe
 from .common.peers import random_components
 from .common.reference import ReleasedModel
 from .common.report import command_line, markdown_table, significant, write_json, write_text
@@ -64,29 +66,77 @@ class Draws:
         return {"latents": self.latents, "labels": self.labels, "timesteps": timesteps, "noise": self.noise}
 
 
-class OurStep:
-    """Our training step on a module, with the optimiser and the EMA that the training loop builds."""
+@dataclass(frozen=True)
+class StepSetting:
+    """How steps are made: float32, or bfloat16 under autocast; `optimizer` is AdamW's kind, see `OptimizerConfig`.
 
-    def __init__(self, module: TrainingModel):
-        self.module, self.network = module.train(), module.transformer
-        self.config = OptimizerConfig()
-        self.optimizer = build_optimizer(module, self.config)
-        self.average = WeightAverage(module, decay=0.9999)
+    `compiled` lists whether blocks are compiled, "off", "on" or both; `tiny` compiles without making kernels.
+    """
+
+    model: PublishedModel
+    batch_size: int
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    optimizer: Literal["fused", "adamw"] = "fused"
+    compiled: tuple[str, ...] = ("off",)
+    tiny: bool = False
+
+
+class Step:
+    """What is timed: a call with the draws of a step. `watch` has the seconds of the last one's passes.
+
+    Attributes:
+        module: the network that is trained; `network`: its decoder; `averages`: its EMA.
+    """
+
+    module: Any
+    network: nn.Module
+    optimizer: Any
+    averages: Sequence[Tensor]
+    watch: Stopwatch
 
     def __call__(self, draws: Draws) -> None:
+        raise NotImplementedError
+
+    def state_bytes(self) -> int:
+        """Bytes of weights, optimiser and EMA."""
+        moments = [value for row in self.optimizer.state.values() for value in row.values()]
+        kept = [*self.module.parameters(), *moments, *self.averages]
+        return sum(local(value).nbytes for value in kept if isinstance(value, Tensor))
+
+
+class OurStep(Step):
+    """Our training step on a module, with the optimiser and the EMA that the training loop builds."""
+
+    def __init__(self, module: TrainingModel, setting: StepSetting, compiled: bool = False):
+        self.module, self.network = module.train(), module.transformer
+        self.config = OptimizerConfig(kind=setting.optimizer)
+        self.optimizer = build_optimizer(module, self.config)
+        self.average = WeightAverage(module, decay=0.9999)
+        self.averages = self.average.average.shadow_params
+        self.watch, self.half = Stopwatch(setting.device), setting.dtype == torch.bfloat16
+        for network in (module.condition_encoder, module.transformer) if compiled else ():
+            network.compile_repeated_blocks(backend="eager" if setting.tiny else "inductor")
+
+    def __call__(self, draws: Draws) -> None:
+        self.watch.clear()
         batch = draws.batch() | {"noise": torch.randn_like(draws.noise)}  # drawn in the step, as theirs is
-        self.module(**batch).mean().backward()
+        with self.watch.timing("passes"):
+            with torch.autocast(self.watch.device.type, torch.bfloat16, enabled=self.half):
+                losses = self.module(**batch)
+            losses.mean().backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.update()
 
 
-class ReleasedStep:
+class ReleasedStep(Step):
     """The released code's step: its loss, and around it what its engine does, with the same settings."""
 
     def __init__(self, model: ReleasedModel):
-        self.model, self.network = model, model.network
+        self.model, self.module, self.network = model, model.module, model.network
+        self.watch = Stopwatch(model.device)
         model.module.train()
         self.config = config = OptimizerConfig()
         self.parameters = list(model.module.parameters())
@@ -95,7 +145,9 @@ class ReleasedStep:
         self.averages = [value.detach().clone() for value in self.parameters]
 
     def __call__(self, draws: Draws) -> None:
-        self.model.loss(draws.latents, draws.labels).backward()
+        self.watch.clear()
+        with self.watch.timing("passes"):
+            self.model.loss(draws.latents, draws.labels).backward()
         nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -154,10 +206,11 @@ def noisy_and_target(clean: Tensor, timesteps: Tensor, noise: Tensor, groups: in
     return noise_latents(clean, noise, sigma), noise - clean
 
 
-def same_weights(checkout: Path, model: PublishedModel, device: torch.device) -> tuple[TrainingModel, ReleasedModel]:
+def same_weights(checkout: Path, setting: StepSetting) -> tuple[TrainingModel, ReleasedModel]:
     """Ours and the released model with the same random weights, in evaluation mode, through our converter."""
     torch.manual_seed(0)
-    released = ReleasedModel(checkout, model, device, torch.float32)
+    model, device = setting.model, setting.device
+    released = ReleasedModel(checkout, model, device, setting.dtype)
     released.randomize(seed=0)
     released.module.diffusion_batch_mul = DIFFUSION_BATCH_MUL[model.num_images]
     with tempfile.TemporaryDirectory(prefix="transdiff-benchmark-") as folder:
@@ -179,26 +232,30 @@ def training_model(
 @torch.no_grad()
 def loss_difference(ours: TrainingModel, released: ReleasedModel, draws: Draws) -> dict[str, float]:
     """Both losses with the same draws and without dropout."""
-    loss = float(ours(**draws.batch()).mean())
+    with torch.autocast(released.device.type, torch.bfloat16, enabled=released.dtype == torch.bfloat16):
+        loss = float(ours(**draws.batch()).mean())
     theirs = float(released.loss_with_draws(draws.latents, draws.labels, draws.normal, draws.noise))
     return {"ours": loss, "released": theirs, "relative_difference": abs(loss - theirs) / abs(theirs)}
 
 
 def count(call: Callable[[], Any]) -> int:
-    """FLOPs of a call with its backward pass."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    """FLOPs of a call with its backward pass; compiled modules run as they are written."""
+    stance = torch.compiler.set_stance("force_eager")
+    with stance, FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         call()
     return counter.get_total_flops()
 
 
-def take_turns(calls: Mapping[str, Callable[[], Any]], network: nn.Module, rounds: int) -> dict[str, dict[str, Any]]:
+def take_turns(
+    calls: Mapping[str, Callable[[], Any]], networks: Mapping[str, nn.Module], rounds: int
+) -> dict[str, dict[str, Any]]:
     """Seconds and FLOPs of each call: a round that is counted, one more for memory to settle, then rounds in turns."""
     results: dict[str, dict[str, Any]] = {
         name: {"flops": count(call), "seconds": [], "cpu_seconds": []} for name, call in calls.items()
     }
     for number in range(-1, rounds):
         for name in sorted(calls, reverse=number % 2 == 1):
-            clock = CallClock(next(network.parameters()).device, network)
+            clock = CallClock(next(networks[name].parameters()).device, networks[name])
             clock.time(calls[name])
             if number < 0:
                 continue
@@ -221,29 +278,46 @@ def compare(results: dict[str, dict[str, Any]], ours: str) -> list[dict[str, Any
     return rows
 
 
-def steps_side_by_side(model: PublishedModel, options: argparse.Namespace) -> dict[str, Any]:
-    """Our step and, with a checkout, the released one."""
-    device = torch.device(options.device)
-    draws = Draws(model, options.batch_size, device)
-    steps: dict[str, OurStep | ReleasedStep] = {}
-    check = None
-    if options.reference is None:
-        steps["ours"] = OurStep(training_model(*random_components(model), model).to(device))
+def steps_side_by_side(setting: StepSetting, checkout: Path | None, rounds: int) -> dict[str, Any]:
+    """Our step, also with compiled blocks where the setting lists it, and with a checkout the released one."""
+    draws = Draws(setting.model, setting.batch_size, setting.device)
+    check = released = None
+    if checkout is None:
+        module = training_model(*random_components(setting.model, device=setting.device), setting.model)
+        module.to(setting.device)
     else:
-        module, released = same_weights(options.reference, model, device)
+        module, released = same_weights(checkout, setting)
         check = loss_difference(module, released, draws)
-        print(f"{model.folder}: loss {check}", flush=True)
-        steps |= {"ours": OurStep(module), "released": ReleasedStep(released)}
+        print(f"{setting.model.folder}: loss {check}", flush=True)
+    modules = [module, *(copy.deepcopy(module) for _ in setting.compiled[1:])]
+    names = ["ours, compiled" if compiled == "on" else "ours" for compiled in setting.compiled]
+    steps: dict[str, Step] = {
+        name: OurStep(each, setting, compiled == "on")
+        for name, each, compiled in zip(names, modules, setting.compiled, strict=True)
+    }
+    if released is not None:
+        steps["released"] = ReleasedStep(released)
+    return {"loss": check, "rows": measure_steps(steps, draws, rounds)}
+
+
+def measure_steps(steps: Mapping[str, Step], draws: Draws, rounds: int) -> list[dict[str, Any]]:
+    """A row for each step, the first one's ratios being 1: times, and memory of its state and above that."""
+    first, *_ = steps
     calls = {name: partial(step, draws) for name, step in steps.items()}
-    results = take_turns(calls, steps["ours"].network, options.rounds)
-    return {"loss": check, "rows": compare(results, "ours")}
+    results = take_turns(calls, {name: step.network for name, step in steps.items()}, rounds)
+    for name, step in steps.items():
+        results[name]["outside_fraction"] = 1 - step.watch.seconds()["passes"] / results[name]["seconds"][-1]
+        with PeakMemory(step.watch.device) as peak:
+            calls[name]()
+        results[name] |= {"working_bytes": peak.bytes, "state_bytes": step.state_bytes()}
+    return compare(results, first)
 
 
-def loss_variants(model: PublishedModel, options: argparse.Namespace) -> dict[str, Any]:
-    """Forward and backward of three ways to compute the losses of a sequence."""
-    device = torch.device(options.device)
-    encoder, transformer = (part.to(device).train() for part in random_components(model))
-    batch = Draws(model, options.batch_size, device).batch()
+def loss_variants(setting: StepSetting, checkout: Path | None, rounds: int) -> dict[str, Any]:
+    """Forward and backward of three ways to compute the losses of a sequence, all ours and in float32."""
+    model, device = setting.model, setting.device
+    encoder, transformer = (part.to(device).train() for part in random_components(model, device=device))
+    batch = Draws(model, setting.batch_size, device).batch()
     module = training_model(encoder, transformer, model).train()
 
     def passes(losses: Losses) -> None:
@@ -256,8 +330,8 @@ def loss_variants(model: PublishedModel, options: argparse.Namespace) -> dict[st
         "one packed batch (bound)": lambda: packed_losses(encoder, transformer, **batch),
     }
     calls = {name: partial(passes, losses) for name, losses in variants.items()}
-    results = take_turns(calls, transformer, options.rounds)
-    return {"rows": compare(results, "projected once")}
+    results = take_turns(calls, dict.fromkeys(calls, transformer), rounds)
+    return {"loss": None, "rows": compare(results, "projected once")}
 
 
 def run_speed(path: Path) -> dict[str, float]:
@@ -324,6 +398,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--decoder-layers", type=int, help="fewer blocks than it has; the encoder has twice as many")
     parser.add_argument("--batch-size", type=int, default=2, help="groups a step; a 1-step group is one image")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
+    parser.add_argument("--optimizer", choices=["fused", "adamw"], default="fused", help="kind of AdamW, ours")
+    parser.add_argument("--compile", nargs="+", choices=["off", "on"], default=["off"], help="our blocks")
     parser.add_argument("--metrics", type=Path, help="metrics.jsonl of a run, whose speed is reported too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="processor threads; all by default")
@@ -347,7 +424,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = cut(published_model(name), options.decoder_layers)
         images = options.batch_size * model.num_images
         shown = f"{name}, {model.size.decoder_layers} decoder blocks"
-        result["settings"].append({"model": shown, "part": part, "images": images, **measures[part](model, options)})
+        setting = StepSetting(
+            model,
+            options.batch_size,
+            torch.device(options.device),
+            DTYPES[options.dtype],
+            options.optimizer,
+            tuple(dict.fromkeys(options.compile)),
+        )
+        measured = measures[part](setting, options.reference, options.rounds)
+        result["settings"].append({"model": shown, "part": part, "images": images, **measured})
         write_json(options.output.with_suffix(".json"), result)
         write_text(options.output.with_suffix(".md"), markdown(result))
     print(markdown(result))

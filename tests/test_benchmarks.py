@@ -216,7 +216,7 @@ class TestPeers:
             assert torch.equal(pipe(0, **arguments).images, first)
 
     def test_labels_differ(self):
-        setting = Setting(published_model("transdiff_b"), 64, 1, torch.float32, False, CPU)
+        setting = Setting(published_model("transdiff_b"), 64, 1, torch.float32, "off", CPU)
         assert len(set(setting.labels)) == 64
 
     def test_a_folder_without_the_released_code_is_refused(self, tmp_path):
@@ -246,7 +246,7 @@ def tiny_models(monkeypatch):
     }
     for module in (sampling, growth, training):
         monkeypatch.setattr(module, "published_model", models.__getitem__)
-    monkeypatch.setattr(peers, "vae_of_published_size", lambda: tiny_vae_of_16_channels())
+    monkeypatch.setattr(peers, "vae_of_published_size", lambda tiny=False: tiny_vae_of_16_channels())
     monkeypatch.setattr(machine, "LARGEST_SIDE", {"cpu": 64})
     return models
 
@@ -293,7 +293,7 @@ class TestCommands:
 
     def test_peers_are_compared_pair_by_pair(self):
         rows = [
-            {"peer": name, "model": "m", "batch_size": 1, "dtype": "float32", "compiled": False, "steps": steps}
+            {"peer": name, "model": "m", "batch_size": 1, "dtype": "float32", "compiled": "off", "steps": steps}
             | dict.fromkeys(sampling.RATIOS, seconds)
             | {"flops_step": flops, "flops_before": 0, "full_steps": 100}
             for name, seconds, flops, steps in (
@@ -342,7 +342,7 @@ class TestCommands:
             constructor_arguments(uneven)
 
     def test_each_axis_of_growth_grows_what_it_says(self):
-        base = Setting(published_model("transdiff_b"), 1, 4, torch.float32, False, CPU)
+        base = Setting(published_model("transdiff_b"), 1, 4, torch.float32, "off", CPU)
         batch, steps, resolution, images = (growth.setting_at(axis, axis.values[-1], base) for axis in growth.AXES)
         assert (batch.batch_size, steps.steps) == (8, 16)
         assert resolution.model.latent_size == 32
@@ -400,7 +400,7 @@ def prefixes(model):
 
 
 def test_our_pipeline_runs_a_setting(tiny_models):
-    setting = Setting(tiny_models["transdiff_b"], 2, 2, torch.float32, False, CPU)
+    setting = Setting(tiny_models["transdiff_b"], 2, 2, torch.float32, "off", CPU)
     ours = OurPipeline(setting, peers.random_pipeline(setting.model))
     latents = ours.sample(2)
     assert latents.shape == (2, 16, 16, 16)

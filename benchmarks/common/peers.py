@@ -16,10 +16,12 @@ from unittest import mock
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
 from transdiff_pipelines import (
     ARConditionEncoder,
+    FlowMapScheduler,
     FlowMatchEulerMaruyamaScheduler,
     TransDiffPipeline,
     TransDiffTransformer2DModel,
@@ -29,6 +31,8 @@ from transdiff_pipelines.presets import VAE_SCALING_FACTOR, PublishedModel
 
 from .reference import ReleasedModel
 
+
+CPU = torch.device("cpu")
 
 # The sizes of DiT-XL/2 at 256 px. Its paper and its authors' sampling script use 250 steps; diffusers' pipeline, 50.
 DIT_XL_2 = {
@@ -45,20 +49,35 @@ DIT_XL_2 = {
     "norm_elementwise_affine": False,
     "attention_bias": True,
 }
+# The same, tiny: for a rehearsal of a command, whose times mean nothing.
+TINY_DIT = DIT_XL_2 | {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
 DIT_STEPS = 250
 TRANSDIFF_STEPS = 100
+
+COMPILE_MODES = ("off", "on", "reduce-overhead", "max-autotune")
+"""Nothing; the repeated blocks of both networks; these, and the denoising network as a whole, in one of
+`torch.compile`'s modes that use CUDA graphs."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What to run. `steps` are those measured, for each image of an AR sequence."""
+    """What to run. `steps` are those measured, for each image of an AR sequence; `compiled` is one of `COMPILE_MODES`.
+
+    `tiny` is a rehearsal: the VAE and DiT are tiny too, and compiling stops before kernels are made.
+    """
 
     model: PublishedModel
     batch_size: int
     steps: int
     dtype: torch.dtype
-    compiled: bool
+    compiled: str
     device: torch.device
+    tiny: bool = False
+
+    @property
+    def backend(self) -> str:
+        """Of `torch.compile`."""
+        return "eager" if self.tiny else "inductor"
 
     @property
     def labels(self) -> list[int]:
@@ -73,7 +92,7 @@ class Peer:
     setting: Setting
     full_steps = TRANSDIFF_STEPS
     load_seconds: float | None = None
-    compiled = False
+    compiled = "off"
 
     @property
     def network(self) -> nn.Module:
@@ -97,9 +116,7 @@ class OurPipeline(Peer):
     def __init__(self, setting: Setting, pipeline: TransDiffPipeline):
         self.setting, self.pipeline, self.compiled = setting, pipeline.to(setting.device), setting.compiled
         pipeline.set_progress_bar_config(disable=True)
-        if setting.compiled:
-            pipeline.condition_encoder.compile_repeated_blocks(fullgraph=True)
-            pipeline.transformer.compile_repeated_blocks(fullgraph=True)
+        compile_networks(pipeline, setting)
 
     @property
     def network(self) -> nn.Module:
@@ -118,6 +135,21 @@ class OurPipeline(Peer):
             return self.pipeline(
                 self.setting.labels, num_inference_steps=num_steps, latents=noise, output_type="latent"
             ).images
+
+
+def compile_networks(pipeline: TransDiffPipeline, setting: Setting) -> None:
+    """Compile as the setting says, in place."""
+    if setting.compiled == "off":
+        return
+    pipeline.condition_encoder.compile_repeated_blocks(fullgraph=True, backend=setting.backend)
+    transformer = pipeline.transformer
+    if setting.compiled == "on":
+        transformer.compile_repeated_blocks(fullgraph=True, backend=setting.backend)
+        return
+    # The encoder keeps keys and values from one call to the next, which CUDA graphs would overwrite. Of the network
+    # the forward is compiled, not the call: hooks that read the time stay outside.
+    mode = None if setting.tiny else setting.compiled
+    transformer.forward = torch.compile(transformer.forward, fullgraph=True, backend=setting.backend, mode=mode)
 
 
 @contextmanager
@@ -173,14 +205,16 @@ class DiT(Peer):
     def __init__(self, setting: Setting):
         start = time.perf_counter()
         self.setting = setting
-        transformer = DiTTransformer2DModel(**DIT_XL_2).to(setting.device, setting.dtype).eval()
+        with setting.device:
+            transformer = DiTTransformer2DModel(**(TINY_DIT if setting.tiny else DIT_XL_2))
+        transformer.to(setting.device, setting.dtype).eval()
         # DiTPipeline always decodes its latents. With this tiny VAE that costs next to nothing.
         vae = AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=4)
         self.pipeline = DiTPipeline(transformer, vae.to(setting.device, setting.dtype), DDIMScheduler())
         self.pipeline.set_progress_bar_config(disable=True)
-        if setting.compiled:
-            transformer.compile_repeated_blocks(fullgraph=True)
-        self.compiled = setting.compiled
+        if setting.compiled != "off":
+            transformer.compile_repeated_blocks(fullgraph=True, backend=setting.backend)
+            self.compiled = "on"
         self.load_seconds = time.perf_counter() - start
 
     @property
@@ -198,10 +232,11 @@ def _bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
-def vae_of_published_size() -> AutoencoderKL:
-    """The KL-16 autoencoder of all published models, with random weights."""
+def vae_of_published_size(tiny: bool = False) -> AutoencoderKL:
+    """The KL-16 autoencoder of all published models, with random weights; `tiny` has 8 channels in every layer."""
     return AutoencoderKL(
-        block_out_channels=(128, 128, 256, 256, 512),
+        block_out_channels=(8,) * 5 if tiny else (128, 128, 256, 256, 512),
+        norm_num_groups=8 if tiny else 32,
         down_block_types=("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
         up_block_types=("UpDecoderBlock2D",) * 5,
         layers_per_block=2,
@@ -211,21 +246,29 @@ def vae_of_published_size() -> AutoencoderKL:
     ).eval()
 
 
-def random_components(model: PublishedModel, seed: int = 0) -> tuple[ARConditionEncoder, TransDiffTransformer2DModel]:
-    """Our networks of a published size with random weights, none of them zero."""
+def random_components(
+    model: PublishedModel, seed: int = 0, device: torch.device = CPU, flow_map_layers: int = 0
+) -> tuple[ARConditionEncoder, TransDiffTransformer2DModel]:
+    """Our networks of a published size with random weights, none of them zero; they are drawn on the device."""
     torch.manual_seed(seed)
-    transformer = TransDiffTransformer2DModel(**model.transformer_config())
-    nn.init.normal_(transformer.proj_out.weight, std=0.02)
-    return ARConditionEncoder(**model.encoder_config()).eval(), transformer.eval()
+    with device:
+        transformer = TransDiffTransformer2DModel(**model.transformer_config(), num_flow_map_layers=flow_map_layers)
+        nn.init.normal_(transformer.proj_out.weight, std=0.02)
+        return ARConditionEncoder(**model.encoder_config()).eval(), transformer.eval()
 
 
-def random_pipeline(model: PublishedModel, seed: int = 0) -> TransDiffPipeline:
-    """Our pipeline around `random_components`."""
-    encoder, transformer = random_components(model, seed)
-    scheduler = FlowMatchEulerMaruyamaScheduler(drift_scale=model.drift_scale, diffusion_scale=model.diffusion_scale)
-    return TransDiffPipeline(
-        encoder, transformer, vae_of_published_size(), scheduler, guidance_scale=model.guidance_scale
-    )
+def random_pipeline(
+    model: PublishedModel, seed: int = 0, device: torch.device = CPU, tiny: bool = False, flow_map_layers: int = 0
+) -> TransDiffPipeline:
+    """Our pipeline around `random_components`; with `flow_map_layers` a few-step student under its own scheduler."""
+    encoder, transformer = random_components(model, seed, device, flow_map_layers)
+    scheduler: SchedulerMixin = FlowMapScheduler()
+    if not flow_map_layers:
+        scales = {"drift_scale": model.drift_scale, "diffusion_scale": model.diffusion_scale}
+        scheduler = FlowMatchEulerMaruyamaScheduler(**scales)
+    with device:
+        vae = vae_of_published_size(tiny)
+    return TransDiffPipeline(encoder, transformer, vae, scheduler, guidance_scale=model.guidance_scale)
 
 
 def load_peers(setting: Setting, checkout: Path | None, with_dit: bool, with_float32: bool = False) -> list[Peer]:
@@ -233,7 +276,7 @@ def load_peers(setting: Setting, checkout: Path | None, with_dit: bool, with_flo
     peers: list[Peer] = []
     if checkout is None:
         start = time.perf_counter()
-        pipeline = random_pipeline(setting.model)
+        pipeline = random_pipeline(setting.model, device=setting.device, tiny=setting.tiny)
         exact = copy.deepcopy(pipeline) if with_float32 and setting.dtype != torch.float32 else None
         ours = OurPipeline(setting, pipeline.to(setting.dtype))
         ours.load_seconds = time.perf_counter() - start
@@ -261,9 +304,12 @@ def _same_weights(setting: Setting, checkout: Path) -> tuple[Peer, Peer]:
         released.load(path)
         theirs.load_seconds = time.perf_counter() - start
 
-        vae = vae_of_published_size().to(setting.dtype)
+        vae = vae_of_published_size(setting.tiny).to(setting.dtype)
         start = time.perf_counter()
-        pipeline = convert_original_checkpoint(path, vae, dtype=setting.dtype)
+        model = setting.model
+        pipeline = convert_original_checkpoint(
+            path, vae, model.size.num_attention_heads, preset=model.folder, dtype=setting.dtype
+        )
         load_seconds = time.perf_counter() - start
     ours = OurPipeline(setting, pipeline)
     ours.load_seconds = load_seconds
