@@ -25,7 +25,7 @@ VERSIONS_TESTS = $(shell grep -lE '^ *(from|import) ($(HUGGING_FACE))' tests/tes
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-portable test-slow test-quantization test-browser test-upstream test-versions test-wheel \
-	check format pictures api clean
+	gpu check format pictures api clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,12 @@ test-upstream: $(VENV)/.quantization ## run diffusers' own test mixins on these 
 	@test -n "$(DIFFUSERS)" || { echo "Name a checkout of diffusers: make test-upstream DIFFUSERS=path"; exit 2; }
 	$(INSTALL) requests-mock parameterized
 	DIFFUSERS=$(abspath $(DIFFUSERS)) PYTHONPATH=$(abspath $(VENV)/quantization) $(PYTEST) -p no:warnings --timeout 900 tests/upstream
+
+# One run with a time budget: GPU_FLAGS="--minutes 8 --reference ../TransDiff --output gpu". It installs what `make test`
+# installs; on a machine without a network run `python -m benchmarks.gpu` itself (CONTRIBUTING.md).
+GPU_FLAGS ?=
+gpu: $(VENV)/.test ## measure everything on a GPU within minutes: GPU_FLAGS="--minutes 8 --reference ../TransDiff"
+	$(BIN)/python -m benchmarks.gpu $(GPU_FLAGS)
 
 # -W default: other versions deprecate other things, which is no fault of the tests; `make test` treats the warnings that
 # come with constraints.txt as errors.

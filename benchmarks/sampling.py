@@ -25,7 +25,17 @@ from transdiff_pipelines.presets import PUBLISHED, published_model
 
 from .common.machine import DTYPES, CallClock, PeakMemory, describe, matrix_product_rate, synchronize
 from .common.operations import Operations, limit_arithmetic
-from .common.peers import COMPILE_MODES, DIT_STEPS, OurFloat32, OurPipeline, Peer, ReleasedCode, Setting, load_peers
+from .common.peers import (
+    COMPILE_MODES,
+    DIT_STEPS,
+    FlowMapStudent,
+    OurFloat32,
+    OurPipeline,
+    Peer,
+    ReleasedCode,
+    Setting,
+    load_peers,
+)
 from .common.report import command_line, markdown_table, plt, save_figure, significant, write_json, write_text
 
 
@@ -41,7 +51,7 @@ RATIOS = ("seconds", "step_seconds", "cpu_seconds", "cpu_step_seconds", "full_se
 def measure(peers: Sequence[Peer], setting: Setting, rounds: int, dit_steps: int) -> list[dict[str, Any]]:
     """A row for each peer; in each round everyone is called once, the order turned round from one to the next."""
     clocks = {peer.name: [clock_of(peer, setting) for _ in range(rounds)] for peer in peers}
-    steps = {peer.name: dit_steps if peer.full_steps == DIT_STEPS else setting.steps for peer in peers}
+    steps = {peer.name: steps_of(peer, setting, dit_steps) for peer in peers}
     first = {}
     for peer in peers:
         clock = clock_of(peer, setting)
@@ -59,6 +69,13 @@ def measure(peers: Sequence[Peer], setting: Setting, rounds: int, dit_steps: int
         row |= {"flops_before": operations.before, "flops_step": operations.step, "working_bytes": peak.bytes}
         rows.append(row)
     return rows
+
+
+def steps_of(peer: Peer, setting: Setting, dit_steps: int) -> int:
+    """The denoising steps to run of a peer, for each image."""
+    if isinstance(peer, FlowMapStudent):
+        return peer.full_steps
+    return dit_steps if peer.full_steps == DIT_STEPS else setting.steps
 
 
 def images_of(peer: Peer, setting: Setting) -> int:

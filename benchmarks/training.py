@@ -70,7 +70,7 @@ class Draws:
 class StepSetting:
     """How steps are made: float32, or bfloat16 under autocast; `optimizer` is AdamW's kind, see `OptimizerConfig`.
 
-    `compiled` lists whether blocks are compiled, "off", "on" or both; `tiny` compiles without making kernels.
+    `compiled` lists whether blocks are compiled, "off", "on" or both.
     """
 
     model: PublishedModel
@@ -79,7 +79,6 @@ class StepSetting:
     dtype: torch.dtype = torch.float32
     optimizer: Literal["fused", "adamw"] = "fused"
     compiled: tuple[str, ...] = ("off",)
-    tiny: bool = False
 
 
 class Step:
@@ -116,7 +115,7 @@ class OurStep(Step):
         self.averages = self.average.average.shadow_params
         self.watch, self.half = Stopwatch(setting.device), setting.dtype == torch.bfloat16
         for network in (module.condition_encoder, module.transformer) if compiled else ():
-            network.compile_repeated_blocks(backend="eager" if setting.tiny else "inductor")
+            network.compile_repeated_blocks()
 
     def __call__(self, draws: Draws) -> None:
         self.watch.clear()

@@ -63,7 +63,7 @@ COMPILE_MODES = ("off", "on", "reduce-overhead", "max-autotune")
 class Setting:
     """What to run. `steps` are those measured, for each image of an AR sequence; `compiled` is one of `COMPILE_MODES`.
 
-    `tiny` is a rehearsal: the VAE and DiT are tiny too, and compiling stops before kernels are made.
+    With `tiny` the VAE and DiT are tiny too.
     """
 
     model: PublishedModel
@@ -73,11 +73,6 @@ class Setting:
     compiled: str
     device: torch.device
     tiny: bool = False
-
-    @property
-    def backend(self) -> str:
-        """Of `torch.compile`."""
-        return "eager" if self.tiny else "inductor"
 
     @property
     def labels(self) -> list[int]:
@@ -141,15 +136,14 @@ def compile_networks(pipeline: TransDiffPipeline, setting: Setting) -> None:
     """Compile as the setting says, in place."""
     if setting.compiled == "off":
         return
-    pipeline.condition_encoder.compile_repeated_blocks(fullgraph=True, backend=setting.backend)
+    pipeline.condition_encoder.compile_repeated_blocks(fullgraph=True)
     transformer = pipeline.transformer
     if setting.compiled == "on":
-        transformer.compile_repeated_blocks(fullgraph=True, backend=setting.backend)
+        transformer.compile_repeated_blocks(fullgraph=True)
         return
     # The encoder keeps keys and values from one call to the next, which CUDA graphs would overwrite. Of the network
     # the forward is compiled, not the call: hooks that read the time stay outside.
-    mode = None if setting.tiny else setting.compiled
-    transformer.forward = torch.compile(transformer.forward, fullgraph=True, backend=setting.backend, mode=mode)
+    transformer.forward = torch.compile(transformer.forward, fullgraph=True, mode=setting.compiled)
 
 
 @contextmanager
@@ -171,6 +165,14 @@ class OurFloat32(OurPipeline):
     """Ours in float32, beside ours in a half precision: the weights before they were rounded."""
 
     name = "transdiff_pipelines, float32"
+
+
+class FlowMapStudent(OurPipeline):
+    """Ours with a flow map in the decoder's place, which makes an image with `calls` calls, always."""
+
+    def __init__(self, setting: Setting, pipeline: TransDiffPipeline, calls: int):
+        super().__init__(setting, pipeline)
+        self.name, self.full_steps = f"flow map, calls an image: {calls}", calls
 
 
 class ReleasedCode(Peer):
@@ -213,8 +215,9 @@ class DiT(Peer):
         self.pipeline = DiTPipeline(transformer, vae.to(setting.device, setting.dtype), DDIMScheduler())
         self.pipeline.set_progress_bar_config(disable=True)
         if setting.compiled != "off":
-            transformer.compile_repeated_blocks(fullgraph=True, backend=setting.backend)
             self.compiled = "on"
+            for block in transformer.transformer_blocks:  # diffusers does not list them as repeated blocks
+                block.compile()
         self.load_seconds = time.perf_counter() - start
 
     @property
