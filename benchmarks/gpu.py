@@ -9,6 +9,7 @@ is installed. `--device cpu --tiny` rehearses all parts with tiny models, whose 
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -63,6 +64,8 @@ def check(options: argparse.Namespace) -> None:
         )
     if options.list:
         return
+    # torch's profiler, which counts memory on a CPU, warns of what was allocated before it began.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
     device = torch.device(options.device)
@@ -161,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rehearsal": options.tiny,
         "parts": earlier_parts(options.earlier),
     }
-    left = [part for part in parts if part.name not in result["parts"]]
+    left = [part for part in parts if part.name not in result["parts"] and (part.rehearsed or not options.tiny)]
     shared = Shared(device, options.tiny, options.reference, deadline)
     ended = run(left, shared, result, options.output)
     print(markdown(result))

@@ -35,6 +35,7 @@ class Part:
         seconds: what it takes on a GPU such as an H100, first compilations included: an estimate.
         measure: called with what the parts share; returns what goes to JSON.
         table: of what `measure` has returned, in Markdown.
+        rehearsed: False if another part differs from it in its sizes alone, so that a rehearsal can do without.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Part:
     seconds: float
     measure: Callable[[Any], dict[str, Any]]
     table: Callable[[dict[str, Any]], str]
+    rehearsed: bool = True
 
 
 class Deadline:
