@@ -26,7 +26,7 @@ def test_int8_weights(dtype, tmp_path):
         quantization_config=PipelineQuantizationConfig(
             quant_mapping={"condition_encoder": config, "transformer": config}
         ),
-        torch_dtype=dtype,
+        dtype=dtype,
     )
     for model in (pipe.condition_encoder, pipe.transformer):
         assert model.is_quantized
@@ -37,6 +37,6 @@ def test_int8_weights(dtype, tmp_path):
     assert 0 < error < 0.1
 
     pipe.save_pretrained(tmp_path / "int8")
-    again = TransDiffPipeline.from_pretrained(tmp_path / "int8", torch_dtype=dtype)
+    again = TransDiffPipeline.from_pretrained(tmp_path / "int8", dtype=dtype)
     assert again.transformer.is_quantized
     assert torch.equal(run(again), images)

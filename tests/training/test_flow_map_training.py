@@ -16,7 +16,8 @@ from test_train import final_tensors, losses, train
 from tests.tiny import tiny_encoder, tiny_pipeline, tiny_transformer
 from training.data.batches import flow_map_grid, flow_map_intervals
 from training.model.build import TrainingModel
-from training.model.flow_map import FlowMapTeacher, flow_map_losses
+from training.model.flow_map import FlowMapTeacher
+from training.model.loss import flow_map_losses
 from training.outputs.checkpoints import CheckpointError, checkpoint_folders
 from training.settings.config import ConfigError
 from training.trainer import Trainer

@@ -25,10 +25,9 @@ from transdiff_pipelines.models.ar_condition_encoder import group_sizes
 from transdiff_pipelines.pipelines.checks import guidance_per_image
 from transdiff_pipelines.pipelines.class_set import match_classes, resize_class_embedding
 
-from .flow_map import flow_map_losses
 from .inherit import DECODER_RULES, ENCODER_RULES, inherit, table
 from .lora import add_adapters
-from .loss import prefix_losses
+from .loss import flow_map_losses, prefix_losses
 
 
 DEFAULT_SAMPLING = {"guidance_scale": 1.3, "drift_scale": 1.0, "diffusion_scale": 1.0, "num_inference_steps": None}
@@ -59,7 +58,7 @@ class TrainingModel(nn.Module):
         self.register_buffer("class_ids", None, persistent=False)
 
     def forward(self, latents: Tensor, labels: Tensor, **batch: Tensor) -> Tensor:
-        """The losses `(N,)` of a batch: `loss.prefix_losses`, or `flow_map.flow_map_losses` where it has targets."""
+        """The losses `(N,)` of a batch: `loss.prefix_losses`, or `loss.flow_map_losses` where it has targets."""
         if self.class_ids is not None:
             labels = self.class_ids[labels]
         losses = flow_map_losses if "targets" in batch else prefix_losses

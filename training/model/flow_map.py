@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
-from transdiff_pipelines import ARConditionEncoder, FlowMapScheduler, TransDiffPipeline, TransDiffTransformer2DModel
+from transdiff_pipelines import FlowMapScheduler, TransDiffPipeline
 from transdiff_pipelines.latents import NUM_TRAIN_TIMESTEPS
 from transdiff_pipelines.models.key_value_cache import KeyValue
 
@@ -32,38 +32,8 @@ if TYPE_CHECKING:
     from .build import TrainingModel
 
 
-def flow_map_losses(
-    encoder: ARConditionEncoder,
-    transformer: TransDiffTransformer2DModel,
-    latents: Tensor,
-    labels: Tensor,
-    states: Tensor,
-    timesteps: Tensor,
-    next_timesteps: Tensor,
-    targets: Tensor,
-) -> Tensor:
-    """Mean squared error of the average velocity of each image given the images before it.
-
-    Args:
-        encoder, transformer: as in `loss.prefix_losses`.
-        latents: `(B, N, C, s, s)` images of the sequences, which the later ones are conditioned on.
-        labels: `(B,)` class indices.
-        states: `(N, B * m, C, s, s)` points of paths, ordered as the batch tiled m times.
-        timesteps, next_timesteps: `(N, B * m)` numbers in [0, 1000], where the points are and where they go.
-        targets: average velocities, in the shape of `states`.
-
-    Returns:
-        `(N,)` losses, float32.
-    """
-    losses = []
-    for image, prefix in enumerate(condition_prefixes(encoder, transformer, latents, labels)):
-        velocity = transformer(states[image], timesteps[image], prefix, next_timestep=next_timesteps[image]).sample
-        losses.append(F.mse_loss(velocity.float(), targets[image]))
-    return torch.stack(losses)
-
-
 class FlowMapTeacher:
-    """Makes the batches that `flow_map_losses` takes.
+    """Makes the batches that `loss.flow_map_losses` takes.
 
     Args:
         student: the model as it starts, whole; a copy of it stays as the teacher.

@@ -91,3 +91,33 @@ def check_shapes(latents: Tensor, timesteps: Tensor, noise: Tensor) -> int:
             f"noise has shape {tuple(noise.shape)}; for these latents and timesteps it must be {expected}"
         )
     return times
+
+
+def flow_map_losses(
+    encoder: ARConditionEncoder,
+    transformer: TransDiffTransformer2DModel,
+    latents: Tensor,
+    labels: Tensor,
+    states: Tensor,
+    timesteps: Tensor,
+    next_timesteps: Tensor,
+    targets: Tensor,
+) -> Tensor:
+    """Mean squared error of the average velocity of each image given the images before it.
+
+    Args:
+        encoder, transformer: as in `prefix_losses`.
+        latents: `(B, N, C, s, s)` images of the sequences, which the later ones are conditioned on.
+        labels: `(B,)` class indices.
+        states: `(N, B * m, C, s, s)` points of paths, ordered as the batch tiled m times.
+        timesteps, next_timesteps: `(N, B * m)` numbers in [0, 1000], where the points are and where they go.
+        targets: average velocities, in the shape of `states`.
+
+    Returns:
+        `(N,)` losses, float32.
+    """
+    losses = []
+    for image, prefix in enumerate(condition_prefixes(encoder, transformer, latents, labels)):
+        velocity = transformer(states[image], timesteps[image], prefix, next_timestep=next_timesteps[image]).sample
+        losses.append(F.mse_loss(velocity.float(), targets[image]))
+    return torch.stack(losses)
