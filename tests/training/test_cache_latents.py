@@ -195,3 +195,20 @@ def test_leftovers_of_killed_processes_are_removed_with_the_last_shard(
     leftover.write_bytes(b"half")
     cache_latents(own)
     assert not leftover.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_shard_is_named_and_made_again_once_it_is_deleted(data_config, tmp_path, damage) -> None:
+    data = dataclasses.replace(data_config, cache=str(tmp_path / "cache"))
+    whole = cache_latents(data)
+    shard = tmp_path / "cache" / "moments-00000-00001.safetensors"
+    if damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:100])
+        with pytest.raises(CacheError, match=f"shard .*{shard.name} .* cannot be read: .*run training.cache_latents"):
+            cache_latents(data)
+    else:
+        shard.unlink()
+    with pytest.raises(CacheError, match=f"shard .*{shard.name} of the latent cache cannot be read"):
+        LatentCache(tmp_path / "cache")
+    shard.unlink(missing_ok=True)
+    assert cache_latents(data).digest == whole.digest

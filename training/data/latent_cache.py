@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,6 +37,29 @@ from .errors import CacheError as CacheError
 
 
 FORMAT = 2
+
+
+@contextmanager
+def reading(shard: Path) -> Iterator[None]:
+    """Say what stops the reading of a shard in the `with` block as a CacheError."""
+    try:
+        shard.open("rb").close()  # safetensors says of a file without permission that it does not exist
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CacheError(
+            f"shard {shard} of the latent cache cannot be read: {getattr(error, 'strerror', None) or error}. If it is "
+            "lost or damaged, delete what is left of it and run training.cache_latents, which makes it again"
+        ) from error
+
+
+def load_shard(path: Path) -> dict[str, Tensor]:
+    """The tensors of a shard.
+
+    Raises:
+        CacheError: it cannot be read.
+    """
+    with reading(path):
+        return load_file(path)
 
 
 class LatentCache:
@@ -72,7 +97,7 @@ class LatentCache:
         self.scaling_factor: float = self.settings["scaling_factor"]
         self.shift_factor: float = self.settings.get("shift_factor") or 0.0
         self.vae_fingerprint: str = self.settings["vae_fingerprint"]
-        self.shards = [load_file(self.folder / shard["file"]) for shard in index["shards"]]
+        self.shards = [load_shard(self.folder / shard["file"]) for shard in index["shards"]]
         contents = torch.cat([shard["contents"] for shard in self.shards]).numpy().tobytes()
         made = [self.settings[name] for name in ("classes", "image_size", "crop", "mirror", "dtype")]
         self.digest = digest_of(hashlib.sha256(contents).hexdigest(), made)
