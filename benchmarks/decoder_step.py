@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from transdiff_pipelines import TransDiffTransformer2DModel
+from transdiff_pipelines.files import home_path
 from transdiff_pipelines.latents import pack_latents
 from transdiff_pipelines.loaders.original_checkpoint import DECODER, key_table
 from transdiff_pipelines.presets import PublishedModel, published_model
@@ -97,12 +98,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="transdiff_b", help="published model whose decoder to take")
-    parser.add_argument("--reference", type=Path, required=True, help="checkout of the released code")
+    parser.add_argument("--reference", type=home_path, required=True, help="checkout of the released code")
     tokens_help = "fewer than 256 for the first images of MRAR: 64, 128, 192"
     parser.add_argument("--condition-tokens", type=int, nargs="+", default=[256], help=tokens_help)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, required=True, help="the result goes to OUTPUT.json")
+    parser.add_argument("--output", type=home_path, required=True, help="the result goes to OUTPUT.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -27,7 +27,7 @@ from training.digits.quality import (
     pooled_pixels,
 )
 from transdiff_pipelines import DIGITS, FlowMatchEulerMaruyamaScheduler, TransDiffPipeline
-from transdiff_pipelines.files import new_file
+from transdiff_pipelines.files import home_path, new_file
 
 from .common.known_flows import fitted_order, gaussian_errors, mixture_error, model_calls
 from .common.machine import describe
@@ -247,16 +247,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=["flows", "digits"], default=["flows", "digits"])
-    parser.add_argument("--output", type=Path, required=True, help="results go to OUTPUT_flows.json and so on")
+    parser.add_argument("--output", type=home_path, required=True, help="results go to OUTPUT_flows.json and so on")
     parser.add_argument("--mixture-samples", type=int, default=400_000)
     parser.add_argument("--model", default=DIGITS, help="folder of a digits pipeline; the bundled one by default")
-    parser.add_argument("--data", help="folder written by training.digits.export")
+    parser.add_argument("--data", type=home_path, help="folder written by training.digits.export")
     parser.add_argument("--num-images", type=int, default=2000, help="images a setting, a multiple of ten")
     parser.add_argument("--seed", type=int, default=0, help="other noise for all: to confirm what another one chose")
     parser.add_argument("--calls", type=int, nargs="+", default=DIGITS_CALLS, help="model calls to compare at")
     parser.add_argument("--samplers", nargs="+", help="names of the samplers to compare; all by default")
     parser.add_argument("--grids", action="store_true", help="the best SDE sampler on other time grids too")
-    parser.add_argument("--keep", type=Path, help="folder that keeps generated pixels for another run")
+    parser.add_argument("--keep", type=home_path, help="folder that keeps generated pixels for another run")
     options = parser.parse_args(arguments)
     if "digits" in options.parts and options.data is None:
         parser.error("--data is needed: write the digits with `python -m training.digits.export --output FOLDER`")

@@ -40,17 +40,24 @@ REHEARSED_SECONDS = 1.0
 """The estimate of every part in a rehearsal."""
 
 
+def home_path(text: str) -> Path:
+    """As in `transdiff_pipelines.files`, whose package cannot be imported before `NEEDED` is known to be there."""
+    return Path(text).expanduser()
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="time budget; parts that do not fit are left out")
     parser.add_argument("--parts", nargs="+", metavar="PART", help="only these, by name (--list); all by default")
     parser.add_argument("--list", action="store_true", help="name the parts with their estimates, and end")
-    parser.add_argument("--reference", type=Path, help="checkout of the released code, to compare with")
-    parser.add_argument("--earlier", type=Path, help="JSON file of an earlier run, whose finished parts are kept")
+    parser.add_argument("--reference", type=home_path, help="checkout of the released code, to compare with")
+    parser.add_argument("--earlier", type=home_path, help="JSON file of an earlier run, whose finished parts are kept")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="rehearse with tiny models: the times mean nothing")
-    parser.add_argument("--output", type=Path, default=Path("gpu"), help="results go to OUTPUT.json, .md and .png")
+    parser.add_argument(
+        "--output", type=home_path, default=Path("gpu"), help="results go to OUTPUT.json, .md and .png"
+    )
     return parser.parse_args(arguments)
 
 

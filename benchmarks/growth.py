@@ -11,13 +11,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.ticker import LogLocator, NullLocator
 
+from transdiff_pipelines.files import home_path
 from transdiff_pipelines.presets import published_model
 
 from .common.machine import DTYPES, CallClock, PeakMemory, describe
@@ -153,7 +153,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--time", choices=["seconds", "cpu_seconds"], default="seconds", help="what slopes are fitted to"
     )
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--output", type=Path, required=True, help="results go to OUTPUT.json, .md and .png")
+    parser.add_argument("--output", type=home_path, required=True, help="results go to OUTPUT.json, .md and .png")
     return parser.parse_args(arguments)
 
 

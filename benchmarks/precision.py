@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 from transdiff_pipelines import TransDiffPipeline, convert_original_checkpoint
+from transdiff_pipelines.files import home_path
 from transdiff_pipelines.latents import unpack_latents
 from transdiff_pipelines.presets import published_model
 
@@ -175,7 +176,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="denoising steps of the random model")
     parser.add_argument("--kept", nargs="+", choices=list(KEPT), default=list(KEPT), help="for the random model")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, required=True, help="results go to OUTPUT.json and .md")
+    parser.add_argument("--output", type=home_path, required=True, help="results go to OUTPUT.json and .md")
     return parser.parse_args(arguments)
 
 

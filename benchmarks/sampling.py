@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from matplotlib.ticker import LogLocator, NullLocator
 
+from transdiff_pipelines.files import home_path
 from transdiff_pipelines.presets import PUBLISHED, published_model
 
 from .common.machine import DTYPES, CallClock, PeakMemory, describe, matrix_product_rate, synchronize
@@ -386,17 +387,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", nargs="+", choices=COMPILE_MODES, default=["off"])
     parser.add_argument("--steps", type=int, default=100, help="denoising steps to run for each image")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each peer")
-    parser.add_argument("--reference", type=Path, help="checkout of the released code, to compare with")
+    parser.add_argument("--reference", type=home_path, help="checkout of the released code, to compare with")
     parser.add_argument("--float32", action="store_true", help="compare half precision with ours in float32")
     parser.add_argument("--dit", action="store_true", help="compare with diffusers' DiT-XL/2")
     parser.add_argument("--dit-steps", type=int, default=DIT_STEPS, help="denoising steps to run of DiT")
     parser.add_argument("--decode", action="store_true", help="time the VAE too")
     parser.add_argument(
-        "--earlier", type=Path, nargs="*", default=[], help="JSON files of earlier runs, shown in the same tables"
+        "--earlier", type=home_path, nargs="*", default=[], help="JSON files of earlier runs, shown in the same tables"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="processor threads; all by default")
-    parser.add_argument("--output", type=Path, required=True, help="results go to OUTPUT.json, .md and .png")
+    parser.add_argument("--output", type=home_path, required=True, help="results go to OUTPUT.json, .md and .png")
     return parser.parse_args(arguments)
 
 

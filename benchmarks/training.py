@@ -32,6 +32,7 @@ from training.model.loss import tile
 from training.outputs.metrics import Stopwatch
 from training.settings.config import OptimizerConfig
 from transdiff_pipelines import ARConditionEncoder, TransDiffTransformer2DModel
+from transdiff_pipelines.files import home_path
 from transdiff_pipelines.latents import NUM_TRAIN_TIMESTEPS, noise_latents
 from transdiff_pipelines.loaders.original_checkpoint import load_original_components
 from transdiff_pipelines.presets import PublishedModel, published_model
@@ -393,17 +394,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["transdiff_b", "transdiff_b_mrar"])
     parser.add_argument("--parts", nargs="+", choices=["steps", "losses"], default=["steps", "losses"])
-    parser.add_argument("--reference", type=Path, help="checkout of the released code, to compare with")
+    parser.add_argument("--reference", type=home_path, help="checkout of the released code, to compare with")
     parser.add_argument("--decoder-layers", type=int, help="fewer blocks than it has; the encoder has twice as many")
     parser.add_argument("--batch-size", type=int, default=2, help="groups a step; a 1-step group is one image")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
     parser.add_argument("--optimizer", choices=["fused", "adamw"], default="fused", help="kind of AdamW, ours")
     parser.add_argument("--compile", nargs="+", choices=["off", "on"], default=["off"], help="our blocks")
-    parser.add_argument("--metrics", type=Path, help="metrics.jsonl of a run, whose speed is reported too")
+    parser.add_argument("--metrics", type=home_path, help="metrics.jsonl of a run, whose speed is reported too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="processor threads; all by default")
-    parser.add_argument("--output", type=Path, required=True, help="results go to OUTPUT.json and .md")
+    parser.add_argument("--output", type=home_path, required=True, help="results go to OUTPUT.json and .md")
     return parser.parse_args(arguments)
 
 

@@ -473,4 +473,7 @@ def test_convert_errors_write_nothing() -> None:
     assert_one_line_error(run("convert", VAE, "--vae", VAE, "--output", "out"), "is a VAE")
     download = ["convert", "--repo", "owner/name", "--model", "big", "--output", "out"]
     assert_one_line_error(run(*download), "'big'", "transdiff_l_mrar")
+    missing = ["convert", "missing.pth", "--vae", VAE]
+    assert_one_line_error(run(*missing, "--output", "taken/file/out"), "output taken/file/out cannot be written")
+    assert_one_line_error(run(*missing, "--output", "out", "--preset", "XL"), "'XL'", "transdiff_l_mrar")
     assert sorted(Path().rglob("*")) == before

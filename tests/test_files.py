@@ -2,7 +2,15 @@
 
 import pytest
 
-from transdiff_pipelines.files import new_file, new_folder, refuse_existing
+from transdiff_pipelines.files import (
+    check_folder_writable,
+    home_path,
+    new_file,
+    new_folder,
+    pipeline_folder,
+    refuse_existing,
+    why_no_pipeline,
+)
 
 
 class TestNewFile:
@@ -61,3 +69,58 @@ class TestNewFolder:
             with pytest.raises(FileExistsError), new_folder(taken):
                 pytest.fail("the block must not run")
         assert [file.name for file in path.iterdir()] == ["weights"]
+
+
+class TestCheckFolderWritable:
+    @pytest.mark.parametrize("place", ["there", "not/yet/there"])
+    def test_leaves_nothing_behind(self, tmp_path, place):
+        (tmp_path / "there").mkdir()
+        check_folder_writable(tmp_path / place)
+        assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+    def test_says_what_is_wrong(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(OSError, match="output .*file is a file; name a folder"):
+            check_folder_writable(tmp_path / "file")
+        with pytest.raises(OSError, match="output .*inside cannot be written: .*; name another place"):
+            check_folder_writable(tmp_path / "file" / "inside")
+
+    def test_a_new_folder_is_tried_before_the_work(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(OSError, match="output .*model cannot be written"):
+            refuse_existing(tmp_path / "file" / "model")
+
+
+class TestPipelineFolder:
+    """Folders of pipelines and of runs, as a user may name them."""
+
+    def make(self, *files):
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+
+    def test_a_run_stands_for_its_pipeline(self, tmp_path):
+        self.make(tmp_path / "run" / "pipeline" / "model_index.json")
+        for name in ("run", "run/pipeline"):
+            assert pipeline_folder(tmp_path / name) == tmp_path / "run" / "pipeline"
+        assert pipeline_folder("owner/name").as_posix() == "owner/name"
+
+    def test_what_else_a_folder_may_be_is_said(self, tmp_path):
+        self.make(tmp_path / "lora-run" / "lora" / "pytorch_lora_weights.safetensors")
+        self.make(tmp_path / "pipe" / "model_index.json", tmp_path / "pipe" / "vae" / "config.json")
+        newest = tmp_path / "unfinished" / "checkpoints" / "step-00000020" / "pipeline"
+        self.make(newest / "model_index.json", newest.parents[1] / "step-00000010" / "pipeline" / "model_index.json")
+        assert f"load_lora_weights({str(tmp_path / 'lora-run' / 'lora')!r})" in why_no_pipeline(tmp_path / "lora-run")
+        assert f"load_lora_weights({str(tmp_path / 'lora-run' / 'lora')!r})" in why_no_pipeline(
+            tmp_path / "lora-run" / "lora"
+        )
+        assert why_no_pipeline(tmp_path / "pipe" / "vae").endswith(f"name the whole of it, {tmp_path / 'pipe'}")
+        assert str(newest) in why_no_pipeline(tmp_path / "unfinished")
+        assert str(newest) in why_no_pipeline(tmp_path / "unfinished" / "checkpoints")
+        assert "without model_index.json" in why_no_pipeline(tmp_path)
+
+
+def test_home_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # of Windows
+    assert home_path("~/model") == tmp_path / "model"

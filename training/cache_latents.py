@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -27,16 +26,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from training.command_line import one_line_errors
 from training.data.decoding import BadImage, in_memory, read_image
 from training.data.errors import CacheError, DataError
 from training.data.examples import Example, Source, content_digest
 from training.data.labels import without_images
-from training.data.latent_cache import FORMAT, LatentCache, check_settings, read_stamp, write_json
+from training.data.latent_cache import FORMAT, LatentCache, check_settings, read_stamp, reading, write_json
 from training.data.sources import open_source
 from training.data.vae import check_vae, latent_shape, load_vae, module_fingerprint
 from training.distributed.processes import process_state
-from training.settings.config import ConfigError, DataConfig, config_or_exit, require
-from transdiff_pipelines.files import new_file
+from training.settings.config import DataConfig, config_or_exit, require
+from transdiff_pipelines.files import check_folder_writable, new_file
 
 
 BATCHES_AHEAD = 2  # how many batches are decoded ahead while the VAE encodes
@@ -216,7 +216,7 @@ def in_parts(examples: Iterator[Example], size: int) -> Iterator[Iterator[Exampl
 
 def stored_contents(shard: Path) -> list[int]:
     """The digests of the images of which a shard was made, skipped ones included."""
-    with safe_open(shard, framework="pt") as file:
+    with reading(shard), safe_open(shard, framework="pt") as file:
         return file.get_tensor("contents").tolist()
 
 
@@ -262,6 +262,7 @@ def cache_latents(data: DataConfig, dataset: datasets.Dataset | datasets.Iterabl
         ConfigError: if columns, classes or sizes do not fit.
     """
     require(data.cache is not None, "data.cache is missing: the folder to write the latents to")
+    check_cache_place(Path(str(data.cache)))
     state = process_state()
     with state.main_process_first():  # the other processes then find the dataset prepared
         source = open_source(data, dataset)
@@ -284,6 +285,14 @@ def cache_latents(data: DataConfig, dataset: datasets.Dataset | datasets.Iterabl
         print(*source.notes, speed(speeds), sep="\n")
     state.wait_for_everyone()
     return LatentCache(writer.folder)
+
+
+def check_cache_place(folder: Path) -> None:
+    """Raise CacheError where `folder` is a file, or nothing can be written there."""
+    try:
+        check_folder_writable(folder)
+    except OSError as error:
+        raise CacheError(f"data.cache: {error}") from error
 
 
 def speed(measured: list[tuple[int, float]]) -> str:
@@ -328,8 +337,6 @@ def check_unchanged(writer: ShardWriter, stamp: str | None, hide: bool) -> None:
 
 def prepare_folder(folder: Path, settings: dict[str, Any], stamp: str | None) -> None:
     """Create the folder, or check that what it holds was made with the same settings."""
-    if folder.exists() and not folder.is_dir():
-        raise CacheError(f"data.cache {folder} is a file; name a folder")
     path = folder / "settings.json"
     if path.exists():
         check_settings(folder, json.loads(path.read_text(encoding="utf-8")), settings)
@@ -346,12 +353,13 @@ def write_index(writer: ShardWriter, settings: dict[str, Any]) -> None:
 
     Raises:
         DataError: if not a single image could be used.
+        CacheError: if a shard cannot be read.
     """
     shards: list[dict[str, Any]] = []
     skipped: list[list[str]] = []
     totals = {"numbers": 0.0, "sum": 0.0, "sum_of_squares": 0.0}
     for path in itertools.chain(*(writer.parts(stream) or [] for stream in range(writer.source.num_streams))):
-        with safe_open(path, framework="pt") as file:
+        with reading(path), safe_open(path, framework="pt") as file:
             summary = json.loads(file.metadata()["summary"])
             count = file.get_slice("labels").get_shape()[0]
         shards.append({"file": path.name, "count": count, "bytes": path.stat().st_size})
@@ -391,14 +399,11 @@ def report(cache: LatentCache) -> str:
 
 
 def main() -> None:
-    config = config_or_exit("training.cache_latents")
-    try:
+    with one_line_errors("training.cache_latents"):
+        config = config_or_exit("training.cache_latents")
         cache = cache_latents(config.data)
-    except (ConfigError, DataError) as error:
-        print(f"training.cache_latents: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    if process_state().is_main_process:
-        print(report(cache))
+        if process_state().is_main_process:
+            print(report(cache))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from training.command_line import one_line_errors, positive
 from training.data.batches import GroupBatches
-from training.data.errors import DataError
 from training.distributed.zero2 import BUCKET
 from training.outputs.metrics import PeakMemory
 from training.settings.config import ConfigError, TrainConfig, config_or_exit
@@ -155,17 +154,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument(
-        "--batch-sizes", type=int, nargs="+", help="groups per process; by default three, around data.batch_size"
+        "--batch-sizes", type=positive, nargs="+", help="groups per process; by default three, around data.batch_size"
     )
-    parser.add_argument("--processes", type=int, nargs="+", default=[2, 8, 64], help="rows to extrapolate to")
+    parser.add_argument("--processes", type=positive, nargs="+", default=[2, 8, 64], help="rows to extrapolate to")
     options, rest = parser.parse_known_args(arguments)
-    config = config_or_exit("training.plan", rest)
-    size = config.data.batch_size
-    try:
+    with one_line_errors("training.plan"):
+        config = config_or_exit("training.plan", rest)
+        size = config.data.batch_size
         print(plan(config, options.batch_sizes or sorted({max(1, size // 2), size, 2 * size}), options.processes))
-    except (ConfigError, DataError) as error:
-        print(f"training.plan: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -10,16 +10,16 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from training.command_line import one_line_errors, seed
 from training.data.errors import DataError
 from training.data.sources import FolderSource
 from training.data.splits import split_indices
-from transdiff_pipelines.files import new_folder
+from transdiff_pipelines.files import home_path, new_folder
 
 
 def split_images(images: Path, output: Path, seed: int = 0) -> dict[str, int]:
@@ -62,16 +62,13 @@ def link_or_copy(path: Path, target: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(prog="training.split_images", description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=Path, required=True, help="folder with one sub-folder per class")
-    parser.add_argument("--output", type=Path, required=True, help="folder to create; must not exist or be empty")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=home_path, required=True, help="folder with one sub-folder per class")
+    parser.add_argument("--output", type=home_path, required=True, help="folder to create; must not exist or be empty")
+    parser.add_argument("--seed", type=seed, default=0)
     options = parser.parse_args(arguments)
-    try:
+    with one_line_errors("training.split_images"):
         counts = split_images(options.images, options.output, options.seed)
-    except (DataError, FileExistsError) as error:
-        print(f"training.split_images: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    print(f"{options.output}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+        print(f"{options.output}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
 if __name__ == "__main__":

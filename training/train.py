@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import sys
 
-from training.data.errors import DataError
+from training.command_line import one_line_errors
 from training.distributed.interruption import TrainingInterrupted, TrainingStopped
 from training.dry_run import describe
 from training.outputs.checkpoints import CheckpointError
 from training.outputs.publish import PublishError
-from training.settings.config import ConfigError, config_or_exit
+from training.settings.config import config_or_exit
 from training.trainer import Trainer
 
 
 def main() -> None:
     """Train, or with `--dry-run` say what would be trained and stop."""
     dry_run = "--dry-run" in sys.argv[1:]
-    config = config_or_exit("training.train", [argument for argument in sys.argv[1:] if argument != "--dry-run"])
+    arguments = [argument for argument in sys.argv[1:] if argument != "--dry-run"]
     try:
-        trainer = Trainer(config)
-        if dry_run:
-            trainer.say(describe(trainer))
-        else:
-            trainer.run()
-    except (ConfigError, DataError, CheckpointError, TrainingStopped, PublishError) as error:
-        print(f"training.train: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        with one_line_errors("training.train", CheckpointError, TrainingStopped, PublishError):
+            trainer = Trainer(config_or_exit("training.train", arguments))
+            if dry_run:
+                trainer.say(describe(trainer))
+            else:
+                trainer.run()
     except (TrainingInterrupted, KeyboardInterrupt) as error:
         print(f"training.train: {str(error) or 'interrupted'}", file=sys.stderr)
         raise SystemExit(130) from None

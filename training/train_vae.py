@@ -16,7 +16,6 @@ but the prior's noise, which the decoder ignores). In the run the defaults come 
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,12 +29,13 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from PIL import Image
 from tqdm import tqdm
 
+from training.command_line import not_negative, one_line_errors, positive, positive_number, seed
 from training.data.decoding import BadImage, read_image
 from training.data.errors import DataError
 from training.data.sources import FolderSource
 from training.data.vae import check_vae
-from training.settings.config import ConfigError
-from transdiff_pipelines.files import new_folder
+from training.distributed.interruption import TrainingStopped
+from transdiff_pipelines.files import home_path, new_folder, refuse_existing
 
 
 # Images `(N, H, W, 3)` in [0, 1], before and after the VAE, to further entries of the report.
@@ -92,7 +92,11 @@ def train(
     kl_weight: float,
     generator: torch.Generator,
 ) -> None:
-    """Train `vae` in place on `images` `(N, 3, H, W)` in [-1, 1]; batches are drawn without replacement per epoch."""
+    """Train `vae` in place on `images` `(N, 3, H, W)` in [-1, 1]; batches are drawn without replacement per epoch.
+
+    Raises:
+        TrainingStopped: the loss is not finite.
+    """
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(
         optimizer, num_warmup_steps=min(100, steps // 10), num_training_steps=steps
@@ -100,7 +104,7 @@ def train(
     batches: Iterator[torch.Tensor] = iter(())
     vae.train()
     progress = tqdm(range(steps), desc="vae", mininterval=5)
-    for _ in progress:
+    for step in progress:
         batch = next(batches, None)
         if batch is None:
             batches = iter(torch.randperm(len(images), generator=generator).split(batch_size))
@@ -111,6 +115,8 @@ def train(
         reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample
         error = F.mse_loss(reconstruction, original)
         kl = posterior.kl().sum() / posterior.mean.numel()
+        if not torch.isfinite(error + kl):
+            raise TrainingStopped(f"the loss of step {step + 1} is not finite; lower --learning-rate and run again")
         (error + kl_weight * kl).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
@@ -161,15 +167,15 @@ def preview(images: np.ndarray, reconstructions: np.ndarray, count: int = 16, ro
 def parse(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog=program, description=__doc__.splitlines()[0].partition(":")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/ and validation/")
-    parser.add_argument("--output", type=Path, required=True, help="folder to create")
-    parser.add_argument("--image-size", type=int, default=32, help="side in pixels, a multiple of 8")
-    parser.add_argument("--steps", type=int, default=3500)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--kl-weight", type=float, default=3e-3)
-    parser.add_argument("--latent-channels", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=home_path, required=True, help="folder with train/ and validation/")
+    parser.add_argument("--output", type=home_path, required=True, help="folder to create")
+    parser.add_argument("--image-size", type=positive, default=32, help="side in pixels, a multiple of 8")
+    parser.add_argument("--steps", type=positive, default=3500)
+    parser.add_argument("--batch-size", type=positive, default=32)
+    parser.add_argument("--learning-rate", type=positive_number, default=2e-3)
+    parser.add_argument("--kl-weight", type=not_negative, default=3e-3)
+    parser.add_argument("--latent-channels", type=positive, default=4)
+    parser.add_argument("--seed", type=seed, default=0)
     return parser.parse_args(arguments)
 
 
@@ -178,7 +184,8 @@ def train_and_report(options: argparse.Namespace, judge: Judge | None = None) ->
 
     Raises:
         ConfigError, DataError: if the size does not fit the VAE, or images are missing or cannot be read.
-        FileExistsError: the output exists and is not an empty folder.
+        TrainingStopped: the loss is not finite.
+        OSError: the output exists and is not an empty folder, or cannot be written.
     """
     torch.manual_seed(options.seed)
     vae = build_vae(options.latent_channels, options.image_size)
@@ -216,12 +223,10 @@ def main(
 ) -> None:
     """Command line entry point; `judge` adds to the report what can be said of a certain kind of images."""
     options = parse(arguments, program)
-    try:
+    with one_line_errors(program, TrainingStopped):
+        refuse_existing(options.output)
         report = train_and_report(options, None if judge is None else judge(options))
-    except (ConfigError, DataError, FileExistsError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    print(json.dumps(report, indent=2))
+        print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

@@ -50,9 +50,11 @@ def convert(
         from transdiff_pipelines import convert_original_checkpoint
         from transdiff_pipelines.files import refuse_existing
         from transdiff_pipelines.loaders import download_original, save_converted
-        from transdiff_pipelines.presets import ORIGINAL_REPOSITORY, PUBLISHED
+        from transdiff_pipelines.presets import ORIGINAL_REPOSITORY, PUBLISHED, published_model
 
         refuse_existing(output)
+        if preset is not None:
+            published_model(preset)
         if checkpoint is None or vae is None:
             checkpoint, vae = download_original(str(model), str(repo))
         pipe = convert_original_checkpoint(checkpoint, vae, num_attention_heads, preset, dtype=getattr(torch, dtype))

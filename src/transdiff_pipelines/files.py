@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+INDEX = "model_index.json"
+"""What a pipeline's folder has, and no other one."""
+
+
 @contextmanager
 def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which replaces it at the end of the block.
@@ -32,14 +36,30 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: no permission, a name too long, a read-only disk; the message names the path.
     """
+    _probe(Path(path), Path(path))
+
+
+def check_folder_writable(path: str | os.PathLike[str]) -> None:
+    """Like `check_writable`, for a folder whose files are to be written, whether it exists yet or not.
+
+    Raises:
+        OSError: it is a file, or files cannot be written there; the message names the path.
+    """
     path = Path(path)
-    folder = next(parent for parent in path.parents if parent.exists())
-    probe = _temporary(folder / path.name)
+    if path.is_file():
+        raise NotADirectoryError(f"output {path} is a file; name a folder")
+    _probe(path / "file", path)
+
+
+def _probe(file: Path, named: Path) -> None:
+    """Make an empty file beside where `file` would be, and remove it; an error is said of the path `named`."""
     try:
+        folder = next(parent for parent in file.parents if parent.exists())
+        probe = _temporary(folder / file.name)
         probe.touch()
+        probe.unlink(missing_ok=True)  # processes of several machines may have one number, and thus one name
     except OSError as error:
-        raise type(error)(f"output {path} cannot be written: {error.strerror}; name another place") from error
-    probe.unlink()
+        raise type(error)(f"output {named} cannot be written: {error.strerror}; name another place") from error
 
 
 def _temporary(path: Path) -> Path:
@@ -52,6 +72,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `path` exists and is not an empty folder.
+        OSError: it cannot be written; the message names it.
     """
     path = Path(path)
     refuse_existing(path)
@@ -86,7 +107,46 @@ def new_files(folder: str | os.PathLike[str], last: str | None = None) -> Iterat
 
 
 def refuse_existing(path: str | os.PathLike[str]) -> None:
-    """Raise FileExistsError unless `path` is missing or an empty folder; ask before long work, not only after it."""
+    """Check that `new_folder` can make `path`; worth asking before long work, not only after it.
+
+    Raises:
+        FileExistsError: `path` exists and is not an empty folder.
+        OSError: it cannot be written, as in `check_writable`.
+    """
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists; remove it, or name another output folder (it is not an empty folder)")
+    check_writable(path)
+
+
+def pipeline_folder(folder: str | os.PathLike[str]) -> Path:
+    """The folder itself, or where it is that of a training run, the pipeline that the run has left in it."""
+    folder = Path(folder)
+    inner = folder / "pipeline"
+    is_run = not (folder / INDEX).is_file() and (inner / INDEX).is_file()
+    return inner if is_run else folder
+
+
+def why_no_pipeline(folder: str | os.PathLike[str]) -> str:
+    """What a folder is that `pipeline_folder` finds no pipeline in, to follow its name in an error."""
+    folder = Path(folder)
+    if (folder / "lora").is_dir() or any(folder.glob("pytorch_lora_weights.*")):
+        lora = folder / "lora" if (folder / "lora").is_dir() else folder
+        return (
+            "holds LoRA adapters and no pipeline; load the pipeline that they were trained on, and give it "
+            f"pipe.load_lora_weights({str(lora)!r})"
+        )
+    if (folder.parent / INDEX).is_file():
+        return f"is a part of a pipeline; name the whole of it, {folder.parent}"
+    unfinished = sorted((folder / "checkpoints").glob("step-*/pipeline")) or sorted(folder.glob("step-*/pipeline"))
+    if unfinished:
+        return f"is a training run that has not finished; its newest checkpoint has the pipeline {unfinished[-1]}"
+    return (
+        f"is a folder without {INDEX}; expected one that save_pretrained wrote, or a finished training run, which has "
+        "one in its folder pipeline/"
+    )
+
+
+def home_path(text: str) -> Path:
+    """The path of an argument, with `~` expanded: no shell does that in `--output=~/name`."""
+    return Path(text).expanduser()

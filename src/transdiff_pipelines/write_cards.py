@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import DIGITS
-from .files import new_file
+from .files import home_path, new_file
 from .model_card import all_cards
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the cards, or with `--check` exit with 1 and their names where they are not current."""
     parser = argparse.ArgumentParser(description="Write model cards of the published and the bundled checkpoints.")
-    parser.add_argument("--output", type=Path, default=Path("model_cards"), help="folder of the cards")
+    parser.add_argument("--output", type=home_path, default=Path("model_cards"), help="folder of the cards")
     parser.add_argument("--check", action="store_true", help="write nothing; fail unless the folder is current")
     options = parser.parse_args(arguments)
     cards = all_cards(DIGITS)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from transdiff_pipelines import DIGITS, TransDiffPipeline
+from transdiff_pipelines.files import home_path
 
 
 def bundle(model: str | Path, output: Path) -> None:
@@ -33,7 +34,7 @@ def bundle(model: str | Path, output: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the trained pipeline")
-    parser.add_argument("--output", type=Path, default=DIGITS, help="default: the package's own folder")
+    parser.add_argument("--output", type=home_path, default=DIGITS, help="default: the package's own folder")
     options = parser.parse_args(arguments)
     bundle(options.model, options.output)
     size = sum(file.stat().st_size for file in options.output.rglob("*") if file.is_file())

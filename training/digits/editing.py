@@ -20,7 +20,7 @@ from PIL import Image
 from training.data.splits import SPLITS
 from training.digits.quality import Reference, load_split, pooled_pixels, recognition, summarise
 from transdiff_pipelines import TransDiffImg2ImgPipeline, TransDiffInpaintPipeline, TransDiffPipeline
-from transdiff_pipelines.files import new_file
+from transdiff_pipelines.files import check_folder_writable, check_writable, home_path, new_file
 
 
 SOURCE, TARGET = 3, 8
@@ -196,19 +196,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a saved TransDiffPipeline")
-    parser.add_argument("--data", required=True, help="folder written by training.digits.export")
+    parser.add_argument("--data", type=home_path, required=True, help="folder written by training.digits.export")
     parser.add_argument("--split", choices=SPLITS[1:], default="validation", help="real digits to edit")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num-inference-steps", type=int, default=25)
     parser.add_argument("--references", default="generated", help="earlier images of the MRAR sequence")
-    parser.add_argument("--output", help="JSON file to write")
-    parser.add_argument("--pictures", type=Path, help="folder for editing_swap.png and editing_restoration.png")
+    parser.add_argument("--output", type=home_path, help="JSON file to write")
+    parser.add_argument("--pictures", type=home_path, help="folder for editing_swap.png and editing_restoration.png")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     options = parse(arguments)
+    if options.output:
+        check_writable(options.output)
+    if options.pictures:
+        check_folder_writable(options.pictures)
     pipeline = TransDiffPipeline.from_pretrained(options.model)
     reference = Reference(options.data, options.split)
     swap, swap_pictures = evaluate_swaps(pipeline, reference, options)

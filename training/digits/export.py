@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from training.command_line import one_line_errors
 from training.data.splits import split_indices
-from transdiff_pipelines.files import new_folder
+from transdiff_pipelines.files import home_path, new_folder
 
 
 DATA_MAXIMUM = 16  # load_digits counts inked pixels of a 4x4 block of a bitmap
@@ -47,7 +48,7 @@ def block_means(images: np.ndarray, factor: int = FACTOR) -> np.ndarray:
     return images.reshape(*batch, height // factor, factor, width // factor, factor).mean(axis=(-3, -1))
 
 
-def export(output: str | os.PathLike) -> dict[str, int]:
+def export(output: str | os.PathLike[str]) -> dict[str, int]:
     """Write the image folder and return the number of images in each split.
 
     `NNNN` in a file name is the image's index in `load_digits()`, so every file can be traced.
@@ -70,10 +71,11 @@ def export(output: str | os.PathLike) -> dict[str, int]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", required=True, help="folder to create; must not exist or be empty")
+    parser.add_argument("--output", type=home_path, required=True, help="folder to create; must not exist or be empty")
     options = parser.parse_args(arguments)
-    counts = export(options.output)
-    print(f"{options.output}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    with one_line_errors("training.digits.export"):
+        counts = export(options.output)
+        print(f"{options.output}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from sklearn.svm import SVC
 from training.data.splits import SPLITS
 from training.digits.export import DATA_MAXIMUM, block_means
 from transdiff_pipelines import TransDiffPipeline
-from transdiff_pipelines.files import new_file
+from transdiff_pipelines.files import check_writable, home_path, new_file
 
 
 NUM_CLASSES = 10
@@ -232,7 +232,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a saved TransDiffPipeline")
-    parser.add_argument("--data", required=True, help="folder written by training.digits.export")
+    parser.add_argument("--data", type=home_path, required=True, help="folder written by training.digits.export")
     parser.add_argument("--split", choices=SPLITS[1:], default="validation", help="real images to compare with")
     parser.add_argument("--num-images", type=int, default=1000, help="images per seed, a multiple of ten")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -240,14 +240,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-inference-steps", type=int, help="default: the pipeline's")
     parser.add_argument("--drift-scale", type=float, help="default: the checkpoint's own")
     parser.add_argument("--diffusion-scale", type=float, help="default: the checkpoint's own")
-    parser.add_argument("--output", help="JSON file to write")
-    parser.add_argument("--grid", help="PNG file to write: ten images of each digit")
+    parser.add_argument("--output", type=home_path, help="JSON file to write")
+    parser.add_argument("--grid", type=home_path, help="PNG file to write: ten images of each digit")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     options = parse(arguments)
+    for path in filter(None, (options.output, options.grid)):
+        check_writable(path)
     result, images = evaluate(load_pipeline(options), options)
     print(markdown_table(result))
     if options.output:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from training.evaluation.features import load_extractor
 from training.evaluation.measure import measure_batches
 from training.evaluation.references import load_reference
 from transdiff_pipelines import DIGITS, TransDiffPipeline
-from transdiff_pipelines.files import new_file
+from transdiff_pipelines.files import check_folder_writable, home_path, new_file
+from transdiff_pipelines.generation import model_source
 
 
 RESAMPLES = 200
@@ -30,7 +32,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that every experiment has."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--model", default=str(DIGITS), help="folder or Hub repository; the bundled digits model")
-    result.add_argument("--output", type=Path, required=True, help="folder for the result and the picture")
+    result.add_argument("--output", type=home_path, required=True, help="folder for the result and the picture")
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--num-inference-steps", type=int, default=100)
     result.add_argument("--guidance-scale", type=float, help="default: the checkpoint's own")
@@ -41,10 +43,14 @@ def add_judge_options(arguments: argparse.ArgumentParser) -> None:
     """Options for experiments that measure quality."""
     arguments.add_argument("--num-images", type=int, default=1000)
     arguments.add_argument("--batch-size", type=int, default=250)
-    arguments.add_argument("--digits", help="digits data (training.digits.export): judge by its measures")
-    arguments.add_argument("--reference", help="else: real images or statistics, as for training.evaluate")
+    arguments.add_argument(
+        "--digits", type=home_path, help="digits data (training.digits.export): judge by its measures"
+    )
+    arguments.add_argument(
+        "--reference", type=os.path.expanduser, help="else: real images or statistics, as for training.evaluate"
+    )
     arguments.add_argument("--extractor", default="torch-fidelity", help="as for training.evaluate")
-    arguments.add_argument("--extractor-weights", type=Path)
+    arguments.add_argument("--extractor-weights", type=home_path)
 
 
 def make_judge(options: argparse.Namespace, pipe: TransDiffPipeline) -> Judge:
@@ -93,8 +99,16 @@ def named_models(entries: Sequence[str]) -> dict[str, str]:
 
 
 def load(options: argparse.Namespace) -> TransDiffPipeline:
-    """The model, on a GPU if there is one."""
-    pipe = TransDiffPipeline.from_pretrained(options.model)
+    """The model, on a GPU if there is one; before it is loaded, the output folder is tried.
+
+    Raises:
+        SystemExit: there is no such model, or the output cannot be written.
+    """
+    try:
+        check_folder_writable(options.output)
+        pipe = TransDiffPipeline.from_pretrained(model_source(options.model))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 

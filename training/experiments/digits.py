@@ -15,7 +15,7 @@ from typing import Any
 
 from training import evaluate
 from training.experiments import ar_steps, diversity, fewer_tokens, fusion, sequence_length, variations
-from transdiff_pipelines.files import new_file
+from transdiff_pipelines.files import home_path, new_file
 
 
 Main = Callable[[Sequence[str] | None], None]
@@ -43,11 +43,11 @@ def command_line(name: str, options: argparse.Namespace) -> list[str]:
     if model:
         line += ["--model", str(getattr(options, model))]
     if name in JUDGED:
-        line += ["--digits", options.data, "--num-images", str(options.num_images)]
+        line += ["--digits", str(options.data), "--num-images", str(options.num_images)]
     if name in COMPARED:
         line += ["--models", f"1-step={options.one_step}", f"MRAR={options.mrar}", *options.models]
     if name.startswith("fusion"):
-        line += ["--classes", *options.classes, "--digits", options.data]
+        line += ["--classes", *options.classes, "--digits", str(options.data)]
     if name == "sampler":
         line += ["--num-images", str(options.num_images), "--batch-size", "250", "--extractor", "pixels"]
         line += ["--reference", f"{options.data}/test", "--reference-cache", str(options.output / "cache")]
@@ -82,8 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--one-step", required=True, help="folder of the 1-step digits model")
     parser.add_argument("--mrar", required=True, help="folder of the MRAR digits model")
     parser.add_argument("--models", nargs="*", default=[], metavar="NAME=FOLDER", help="more models to compare")
-    parser.add_argument("--data", required=True, help="folder written by training.digits.export")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--data", type=home_path, required=True, help="folder written by training.digits.export")
+    parser.add_argument("--output", type=home_path, required=True)
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--classes", nargs="+", default=["0", "1", "3", "6"], help="of the fusion")
     parser.add_argument("--num-images", type=int, default=500)

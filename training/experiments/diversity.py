@@ -34,7 +34,7 @@ from training.experiments.common import (
 )
 from training.outputs.checkpoints import checkpoint_folders
 from transdiff_pipelines import TransDiffPipeline
-from transdiff_pipelines.files import new_file
+from transdiff_pipelines.files import home_path, new_file
 
 
 FEWEST_RANKED = 5  # models; the rank correlation of fewer says nothing
@@ -142,7 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options_parser = parser(__doc__)
     chosen = options_parser.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--models", nargs="+", metavar="NAME=FOLDER")
-    chosen.add_argument("--run", type=Path, help="output folder of a training run: all checkpoints that it has kept")
+    chosen.add_argument(
+        "--run", type=home_path, help="output folder of a training run: all checkpoints that it has kept"
+    )
     add_judge_options(options_parser)
     options = options_parser.parse_args(arguments)
     models = named_models(options.models or []) if options.run is None else checkpoints_of(options.run)

@@ -18,6 +18,7 @@ import torch
 from training.digits.quality import Reference, pooled_pixels
 from training.experiments.common import call_settings, facts, generators, load, parser, picture, write
 from transdiff_pipelines import TransDiffPipeline, blend_conditions
+from transdiff_pipelines.files import home_path
 from transdiff_pipelines.pipelines.condition_blending import PATTERNS
 
 
@@ -51,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options_parser.add_argument("--pattern", choices=PATTERNS, default="halves")
     options_parser.add_argument("--weights", type=int, default=9, help="points of the interpolation")
     options_parser.add_argument("--rows", type=int, default=4, help="seeds of the interpolation")
-    options_parser.add_argument("--digits", help="digits data (training.digits.export): also recognise the images")
+    options_parser.add_argument(
+        "--digits", type=home_path, help="digits data (training.digits.export): also recognise the images"
+    )
     options_parser.add_argument("--count", type=int, default=50, help="images of a square that are recognised")
     options = options_parser.parse_args(arguments)
     pipe = load(options)
