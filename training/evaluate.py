@@ -11,6 +11,7 @@ a folder of its own, and `search.json` and `search.png` (a heat map) sum up.
 import argparse
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from typing import Any
 
 import torch
 
+from training.command_line import positive
+from training.data.errors import DataError
 from training.distributed.processes import process_state
 from training.evaluation.features import Extractor, ExtractorError, load_extractor, try_extractor
 from training.evaluation.measure import TITLES, measure
@@ -28,6 +31,7 @@ from training.evaluation.report import write_report
 from training.evaluation.sampling import (
     LABEL_MODES,
     SamplingError,
+    check_call,
     check_settings,
     image_path,
     make_labels,
@@ -37,13 +41,13 @@ from training.evaluation.sampling import (
 from training.evaluation.search import SEARCHED, parse_axis, plot_search
 from transdiff_cli.common import parse_scales, reader_may_leave
 from transdiff_pipelines import TransDiffPipeline
-from transdiff_pipelines.files import new_file
+from transdiff_pipelines.files import check_folder_writable, home_path, new_file
 from transdiff_pipelines.generation import model_source
 from transdiff_pipelines.half_precision import half_precision_note
 from transdiff_pipelines.loaders.original_checkpoint import match_published
 
 
-ERRORS = (SamplingError, ExtractorError, ReferenceImagesError, OSError)
+ERRORS = (SamplingError, DataError, ExtractorError, ReferenceImagesError, OSError)
 SCALES = ("drift_scale", "diffusion_scale")
 
 
@@ -125,9 +129,48 @@ def sampling_settings(pipe: TransDiffPipeline, options: argparse.Namespace) -> d
 
 
 def set_scales(pipe: TransDiffPipeline, settings: dict[str, Any]) -> None:
-    """Give the scheduler the drift and diffusion scales."""
+    """Give the scheduler the drift and diffusion scales.
+
+    Raises:
+        SamplingError: it cannot have one of them.
+    """
     scales = {name: settings[name] for name in SCALES if settings[name] is not None}
-    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **scales)
+    try:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **scales)
+    except ValueError as error:
+        raise SamplingError(str(error)) from error
+
+
+def call_arguments(settings: dict[str, Any]) -> dict[str, Any]:
+    """What the pipeline's call takes of the sampling settings; the scheduler has the others."""
+    return {name: settings[name] for name in ("guidance_scale", "num_inference_steps", "num_ar_steps")}
+
+
+def points(options: argparse.Namespace) -> dict[Path, argparse.Namespace]:
+    """What is evaluated, by its folder: the options as they are, or every combination of the searched values."""
+    if not options.search:
+        return {options.output: options}
+    axes = dict(options.search)
+    chosen = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    return {
+        options.output / "_".join(f"{axis}-{value:g}" for axis, value in point.items()): argparse.Namespace(
+            **{**vars(options), **point}
+        )
+        for point in chosen
+    }
+
+
+def check_options(pipe: TransDiffPipeline, options: argparse.Namespace) -> None:
+    """Try everything that sampling will be asked for, so that nothing of it is found after hours.
+
+    Raises:
+        SamplingError: naming what cannot be.
+    """
+    make_labels(options.num_images, pipe.condition_encoder.config.num_classes, options.labels, options.seed)
+    for point in points(options).values():
+        settings = sampling_settings(pipe, point)
+        set_scales(pipe, settings)
+        check_call(pipe, call_arguments(settings))
 
 
 def evaluate(
@@ -148,7 +191,7 @@ def evaluate(
     state.wait_for_everyone()
 
     started = time.perf_counter()
-    call = {name: settings[name] for name in ("guidance_scale", "num_inference_steps", "num_ar_steps")}
+    call = call_arguments(settings)
     shared = (state.process_index, state.num_processes)
     made = sample(pipe, labels, folder, options.seed, options.batch_size, call, *shared)
     seconds = time.perf_counter() - started
@@ -157,11 +200,12 @@ def evaluate(
         return None
     result = {**identity, "reference": options.reference, "extractor": options.extractor}
     previous = _finished(folder / "results.json", result)
+    paths = [image_path(folder, index) for index in range(options.num_images)]
+    archive = folder / f"samples_{options.num_images}.npz"
+    if options.npz and (made or not archive.exists()):
+        write_npz(paths, archive)
     if previous is not None and not made:
         return previous
-    paths = [image_path(folder, index) for index in range(options.num_images)]
-    if options.npz:
-        write_npz(paths, folder / f"samples_{options.num_images}.npz")
     result["seconds_per_image"] = seconds / made if made else (previous or {}).get("seconds_per_image")
     if measures.extractor is None:
         reason = "no feature extractor was chosen (--extractor)"
@@ -185,12 +229,7 @@ def _finished(path: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
 def search(pipe: TransDiffPipeline, options: argparse.Namespace, measures: Measures) -> list[dict[str, Any]] | None:
     """Evaluate every combination of the searched values; what is finished is not done again."""
     axes = dict(options.search)
-    results = []
-    for values in itertools.product(*axes.values()):
-        point = dict(zip(axes, values, strict=True))
-        name = "_".join(f"{axis}-{value:g}" for axis, value in point.items())
-        chosen = argparse.Namespace(**{**vars(options), **point})
-        results.append(evaluate(pipe, chosen, options.output / name, measures))
+    results = [evaluate(pipe, point, folder, measures) for folder, point in points(options).items()]
     if not process_state().is_main_process:
         return None
     rows = [{"sampling": result["sampling"], "metrics": result["metrics"]} for result in results if result]
@@ -214,7 +253,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="training.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="folder or Hub repository of a TransDiffPipeline")
-    parser.add_argument("--output", type=path, required=True, help="folder for images and results")
+    parser.add_argument("--output", type=home_path, required=True, help="folder for images and results")
     parser.add_argument("--num-images", type=positive, default=50_000)
     parser.add_argument("--labels", choices=LABEL_MODES, default="balanced", help="as many of each class, or drawn")
     parser.add_argument("--seed", type=int, default=0, help="with an image's index it decides the image")
@@ -235,27 +274,35 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     sampling.add_argument("--num-ar-steps", type=positive, help="MRAR: stop after this image of the sequence")
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--extractor", help="torch-fidelity, torchscript, pixels or module:function")
-    measuring.add_argument("--extractor-weights", type=path, help="local weights of the extractor")
-    measuring.add_argument("--reference", help=".npz (ADM batch, statistics, images), folder, or hf:NAME[:SPLIT]")
-    measuring.add_argument("--reference-cache", type=path, default=path("~/.cache/transdiff_pipelines"), help="folder")
+    measuring.add_argument("--extractor-weights", type=home_path, help="local weights of the extractor")
+    measuring.add_argument(
+        "--reference", type=os.path.expanduser, help=".npz (ADM batch, statistics, images), folder, or hf:NAME[:SPLIT]"
+    )
+    measuring.add_argument(
+        "--reference-cache", type=home_path, default=home_path("~/.cache/transdiff_pipelines"), help="folder"
+    )
     measuring.add_argument("--npz", action="store_true", help="also write all images as one ADM .npz")
     measuring.add_argument(
         "--search", type=parse_axis, action="append", metavar="NAME=V,V,...", help=f"grid over {', '.join(SEARCHED)}"
     )
     measuring.add_argument("--metric", choices=list(TITLES), default="fid", help="what the heat map of a search shows")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    refuse_useless(parser, options)
+    return options
 
 
-def path(text: str) -> Path:
-    """A path, `~` expanded."""
-    return Path(text).expanduser()
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
+def refuse_useless(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End with a usage error where an option would have no effect, or would replace another one."""
+    if options.preset is not None and options.settings != "published":
+        parser.error("--preset names whose published settings to take: add --settings published")
+    if options.extractor_weights is not None and options.extractor is None:
+        parser.error("--extractor-weights are those of an extractor: add --extractor")
+    axes = [name for name, _ in options.search or []]
+    for name in axes:
+        if axes.count(name) > 1:
+            parser.error(f"--search {name} is given twice: write all of its values with commas in one")
+        if getattr(options, name) is not None:
+            parser.error(f"{name} is searched and set: leave --{name.replace('_', '-')} out")
 
 
 def guidance(text: str) -> float | list[float]:
@@ -272,7 +319,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     state = process_state()
     try:
+        check_folder_writable(options.output)
         pipe = load_pipeline(options, state.device)
+        check_options(pipe, options)
         if state.is_main_process and (note := half_precision_note(getattr(torch, options.dtype), state.device)):
             print(f"note: {note}: --dtype float32", file=sys.stderr)
         measures = load_measures(pipe, options, state.device) if state.is_main_process else Measures()

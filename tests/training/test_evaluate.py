@@ -15,6 +15,7 @@ from scipy.linalg import sqrtm
 from tiny import tiny_pipeline
 
 from training import evaluate as command
+from training.data.errors import DataError
 from training.evaluation import references as reference_module
 from training.evaluation.features import (
     EXTRACTORS,
@@ -498,6 +499,43 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("more", "message"),
         [
+            (["--preset", "transdiff_b"], "add --settings published"),
+            (["--extractor-weights", "file"], "add --extractor"),
+            (["--search", "guidance_scale=1,2", "--search", "guidance_scale=3"], "given twice"),
+            (["--search", "guidance_scale=1,2", "--guidance-scale", "3"], "leave --guidance-scale out"),
+        ],
+    )
+    def test_options_without_effect_are_refused(self, tmp_path, capsys, more, message):
+        with pytest.raises(SystemExit):
+            command.main(arguments("missing", tmp_path / "out", tmp_path, *more))
+        assert message in capsys.readouterr().err
+
+    def test_bad_settings_are_said_before_the_reference_is_measured(self, model, tmp_path, capsys):
+        write_pictures(tmp_path / "real", 12)
+        more = ["--extractor", "small", "--reference", str(tmp_path / "real"), "--guidance-scale", "1,2"]
+        with pytest.raises(SystemExit, match="2 values"):
+            command.main(arguments(model, tmp_path / "out", tmp_path, *more))
+        assert "reference features" not in capsys.readouterr().err
+        assert not (tmp_path / "cache").exists()
+
+    def test_a_folder_of_the_reference_that_cannot_be_read_is_an_error(self, model, tmp_path, monkeypatch):
+        def refuse(folder):
+            raise DataError(f"folder {folder} cannot be read: Permission denied")
+
+        (tmp_path / "real").mkdir()
+        monkeypatch.setattr("training.data.folders.visible", refuse)
+        more = ["--extractor", "small", "--reference", str(tmp_path / "real")]
+        with pytest.raises(SystemExit, match="error: folder .*real cannot be read: Permission denied"):
+            command.main(arguments(model, tmp_path / "out", tmp_path, *more))
+
+    def test_the_archive_of_a_finished_evaluation_is_written_when_it_is_asked_for(self, model, tmp_path):
+        command.main(arguments(model, tmp_path / "out", tmp_path))
+        command.main(arguments(model, tmp_path / "out", tmp_path, "--npz"))
+        assert (tmp_path / "out" / "samples_10.npz").exists()
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
             (["--reference", "{real}"], "no extractor of features .* add --extractor"),
             (["--extractor", "vgg"], "'vgg' is unknown"),
             (["--extractor", "broken"], "'broken' fails on pictures of 8 pixels"),
@@ -508,7 +546,13 @@ class TestCommand:
             (["--num-ar-steps", "9"], "9"),
             (["--guidance-scale", "1,2"], "2 values"),
             (["--guidance-scale", "nan"], "nan"),
-            (["--output", "{file}"], "file"),
+            (["--output", "{file}"], "is a file; name a folder"),
+            (["--output", "{file}/inside"], "cannot be written"),
+            (["--drift-scale", "inf"], "drift_scale is inf"),
+            (["--num-images", "13"], "multiple of"),
+            (["--search", "drift_scale=0.9,-1", "--extractor", "small"], "drift_scale is -1.0"),
+            (["--search", "guidance_scale=1,nan"], "nan"),
+            (["--extractor", "small", "--reference", "{real}", "--reference-cache", "{file}"], "is a file"),
         ],
     )
     def test_what_cannot_work_is_said_before_the_first_image(self, model, tmp_path, monkeypatch, more, message):

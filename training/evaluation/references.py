@@ -29,7 +29,7 @@ from training.data.decoding import IMAGE_SUFFIXES, BadImage, read_image
 from training.data.folders import find_images, times
 from training.evaluation.features import Extractor, Features
 from training.evaluation.metrics import RunningStatistics, Statistics
-from transdiff_pipelines.files import new_file
+from transdiff_pipelines.files import check_folder_writable, new_file
 
 
 MAXIMUM_FEATURES = 10_000
@@ -166,6 +166,7 @@ def _cached(source: str, extractor: Extractor, extractor_name: str, side: int, c
     digest = hashlib.sha256(f"{key} {extractor_name} {side}".encode()).hexdigest()[:16]
     path = cache / f"reference-{digest}.npz"
     if not path.exists():
+        check_folder_writable(cache)  # what is computed would be lost otherwise
         try:
             measured = measure_images(batches, extractor, total)
         except (BadImage, zipfile.BadZipFile, zlib.error, EOFError) as error:

@@ -4,6 +4,7 @@ Which images share a batch depends on the batch size alone, so that any number o
 and a run that goes on after an interruption writes those that an uninterrupted one would have written.
 """
 
+import inspect
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,21 @@ def make_labels(count: int, num_classes: int, mode: str, seed: int) -> np.ndarra
             f"{num_classes}, or random labels"
         )
     return np.arange(count) % num_classes
+
+
+def check_call(pipe: TransDiffPipeline, call: dict[str, Any]) -> None:
+    """Have the pipeline look at the arguments of a call, without a call.
+
+    Raises:
+        SamplingError: it refuses one.
+    """
+    signature = inspect.signature(pipe.check_inputs)
+    call_signature = inspect.signature(pipe.__call__)
+    defaults = {name: call_signature.parameters[name].default for name in signature.parameters}
+    try:
+        pipe.check_inputs(**{**defaults, "class_labels": 0, **call})
+    except (TypeError, ValueError) as error:
+        raise SamplingError(str(error)) from error
 
 
 def image_path(folder: Path, index: int) -> Path:
