@@ -596,3 +596,10 @@ class TestAttentionKwargs:
     def test_what_is_fine_is_quiet(self, given, caplog):
         run(adapted(), attention_kwargs=given)
         assert not caplog.records
+
+
+def test_a_training_run_is_named_by_its_folder(tmp_path):
+    trained, pipe = adapted(), tiny_pipeline()
+    trained.save_lora_weights(tmp_path / "run" / "lora", transformer_lora_layers=layers(trained))
+    pipe.load_lora_weights(str(tmp_path / "run"))
+    assert pipe.get_active_adapters() == ["default_0"]

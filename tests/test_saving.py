@@ -224,3 +224,11 @@ class TestLora:
         assert files(tmp_path) == before
         assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "TransDiffPipeline"
         assert same(DiffusionPipeline.from_pretrained(tmp_path).transformer, tiny_pipeline().transformer)
+
+
+def test_a_training_run_is_loaded_by_its_folder(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path / "run" / "pipeline")
+    assert same(TransDiffPipeline.from_pretrained(str(tmp_path / "run")).transformer, pipe.transformer)
+    with pytest.raises(OSError, match="is a part of a pipeline; name the whole of it"):
+        TransDiffPipeline.from_pretrained(tmp_path / "run" / "pipeline" / "vae")

@@ -28,7 +28,7 @@ from training.distributed.fsdp2 import Fsdp2Engine
 from training.distributed.interruption import StopRequest, TrainingInterrupted, TrainingStopped
 from training.distributed.processes import start_accelerator
 from training.distributed.zero2 import Zero2Engine, check_deepspeed
-from training.model.build import TrainingModel, build_model, teacher_guidance
+from training.model.build import TrainingModel, build_model, starting_folder, teacher_guidance
 from training.model.ema import WeightAverage
 from training.model.flow_map import FlowMapTeacher
 from training.model.schedule import LearningRate
@@ -51,6 +51,7 @@ from training.outputs.reports import Reports
 from training.outputs.trackers import check_trackers
 from training.outputs.validation import Validation
 from training.settings.config import ConfigError, PreviewConfig, TrainConfig, accumulation_steps, to_dict
+from transdiff_pipelines.files import check_folder_writable
 from transdiff_pipelines.half_precision import half_precision_note
 
 
@@ -64,8 +65,10 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.output = Path(config.output)
-        if self.output.is_file():
-            raise ConfigError(f"output {self.output} is a file; name a folder")
+        try:
+            check_folder_writable(self.output)
+        except OSError as error:
+            raise ConfigError(str(error)) from error
         candidates = find_checkpoints(self.output, config.resume)
         check_trackers(config.trackers)
         check_deepspeed(config)
@@ -75,6 +78,8 @@ class Trainer:
         self.accumulation = accumulation_steps(config, self.accelerator.num_processes)
         self.accelerator.gradient_accumulation_steps = self.accumulation
         self.reports = Reports(config, self.accelerator)
+        if config.model.start_from is not None:
+            starting_folder(config.model)
         self._open_data()
         self.module, notes = build_model(config, self.data)
         self.origins = {"images, their order or classes": self.data.digest, "VAE's weights": self.data.vae_fingerprint}

@@ -23,6 +23,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image, PngImagePlugin
 
 from . import DIGITS, __version__
+from .files import pipeline_folder, why_no_pipeline
 from .loaders.original_repository import explain_original_repository
 from .pipelines import TransDiffPipeline
 
@@ -352,14 +353,10 @@ def model_source(model: str | None) -> str:
         if _is_repository_name(model):
             return model
         raise FileNotFoundError(f"model {model} does not exist; expected a pipeline's folder or a Hub OWNER/NAME")
-    for place in (folder, folder / "pipeline"):  # a training run leaves its pipeline in a folder of that name
-        if (place / "model_index.json").is_file():
-            return str(place)
-    raise FileNotFoundError(
-        explain_original_repository(folder)
-        or f"model {model} is a folder without model_index.json; expected one that save_pretrained wrote, or a "
-        "finished training run, which has one in its folder pipeline/"
-    )
+    place = pipeline_folder(folder)
+    if (place / "model_index.json").is_file():
+        return str(place)
+    raise FileNotFoundError(explain_original_repository(folder) or f"model {model} {why_no_pipeline(folder)}")
 
 
 def _is_repository_name(model: str) -> bool:

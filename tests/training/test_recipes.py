@@ -269,6 +269,20 @@ def test_as_many_classes_but_no_name_in_common_must_be_explained(small, base: Pa
         Trainer(small("finetune_classes", **{"model.start_from": tmp_path / "others"}))
 
 
+def test_a_run_stands_for_its_pipeline(small, base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "pipeline").symlink_to(base)
+    named = small("finetune_classes", **{"data.vae": '""', "model.start_from": run})
+    assert (named.model.start_from, named.data.vae) == (f"{run}/pipeline", f"{run}/pipeline/vae")
+
+
+def test_what_is_no_pipeline_to_start_from_is_said(small, base: Path, tmp_path: Path) -> None:
+    for folder, words in ((base / "vae", "is a part of a pipeline"), (tmp_path / "missing", "is no folder")):
+        with pytest.raises(ConfigError, match=f"model.start_from .*{folder.name} {words}"):
+            Trainer(small("finetune_classes", **{"model.start_from": folder}))
+
+
 def test_what_is_unset_is_taken_from_the_pipeline_to_start_from(small, base: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(half_precision, "slowdown", lambda dtype: 30.0)
     trainer = Trainer(small("finetune_classes", **{"data.vae": '""'}))

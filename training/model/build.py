@@ -21,6 +21,7 @@ from transdiff_pipelines import (
     TransDiffPipeline,
     TransDiffTransformer2DModel,
 )
+from transdiff_pipelines.files import why_no_pipeline
 from transdiff_pipelines.models.ar_condition_encoder import group_sizes
 from transdiff_pipelines.pipelines.checks import guidance_per_image
 from transdiff_pipelines.pipelines.class_set import match_classes, resize_class_embedding
@@ -160,11 +161,22 @@ def build_model(config: TrainConfig, data: TrainingData) -> tuple[TrainingModel,
     return built, [*notes, f"parameters: {trained:,} of {total:,} trained"]
 
 
-def inherit_model(model: ModelConfig, lora: LoraConfig, data: TrainingData) -> tuple[TrainingModel, list[str]]:
-    """A model for `model` and the data's classes that starts from the pipeline folder `model.start_from`."""
+def starting_folder(model: ModelConfig) -> Path:
+    """The pipeline folder `model.start_from`.
+
+    Raises:
+        ConfigError: it is none; the message says what it is.
+    """
     folder = Path(str(model.start_from))
     if not (folder / "model_index.json").is_file():
-        raise ConfigError(f"model.start_from {folder} is not a pipeline folder (it has no model_index.json)")
+        problem = why_no_pipeline(folder) if folder.is_dir() else "is no folder; name that of a pipeline or run"
+        raise ConfigError(f"model.start_from {folder} {problem}")
+    return folder
+
+
+def inherit_model(model: ModelConfig, lora: LoraConfig, data: TrainingData) -> tuple[TrainingModel, list[str]]:
+    """A model for `model` and the data's classes that starts from the pipeline folder `model.start_from`."""
+    folder = starting_folder(model)
     old_encoder = ARConditionEncoder.from_pretrained(folder, subfolder="condition_encoder")
     old_transformer = TransDiffTransformer2DModel.from_pretrained(folder, subfolder="transformer")
     origin = "-".join(tensors_digest(network.state_dict()) for network in (old_encoder, old_transformer))

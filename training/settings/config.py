@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from transdiff_pipelines.files import pipeline_folder
+
 from .schema import ConfigError as ConfigError
 from .schema import build, option, read_yaml, require, section_help, set_key, split_arguments
 from .schema import to_dict as to_dict
@@ -27,7 +29,9 @@ class ModelConfig:
     """The two networks: sizes of their own, a published preset, or those of a pipeline to start from."""
 
     start_from: FolderPath | None = option(
-        None, "pipeline folder whose weights are inherited (1-step -> MRAR, fine-tuning)", free_on_resume="place"
+        None,
+        "pipeline folder, or that of the run which made it, whose weights are inherited (1-step -> MRAR, fine-tuning)",
+        free_on_resume="place",
     )
     classes: Literal["by_name", "by_id", "new"] = option(
         "by_name",
@@ -411,6 +415,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.output), "output is missing: the folder of the run")
+        if self.model.start_from is not None:
+            self.model.start_from = str(pipeline_folder(self.model.start_from))
         start = self.model.start_from
         if not self.data.vae and start is not None:
             self.data.vae = f"{start}/vae"

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 from huggingface_hub import hf_hub_download
 
 from ..diffusers_internals import diffusers_internal
+from ..files import INDEX, pipeline_folder, why_no_pipeline
 from .original_checkpoint import load_original_components
 from .original_repository import explain_original_repository
 
@@ -44,14 +45,20 @@ class TransDiffSingleFileMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """`DiffusionPipeline.from_pretrained`; the authors' own checkpoints are met with how to convert them.
+        """`DiffusionPipeline.from_pretrained`, which also takes the folder of a training run.
 
         Raises:
-            OSError: `pretrained_model_name_or_path` holds the authors' checkpoints instead of a diffusers folder.
+            OSError: a folder without a pipeline; the message says what it is, and of the authors' own checkpoints how
+                to convert them.
         """
-        if explanation := explain_original_repository(pretrained_model_name_or_path):
+        source = pretrained_model_name_or_path
+        if explanation := explain_original_repository(source):
             raise OSError(explanation)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        if os.path.isdir(source):
+            source = pipeline_folder(source)
+            if not (source / INDEX).is_file():
+                raise OSError(f"{source} {why_no_pipeline(source)}")
+        return super().from_pretrained(source, **kwargs)  # type: ignore[misc]
 
 
 def _local_file(link_or_path: str | os.PathLike[str]) -> str | os.PathLike[str]:

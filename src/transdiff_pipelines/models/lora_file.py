@@ -138,6 +138,7 @@ def fetch_lora(source: Any, **options: Any) -> tuple[dict[str, torch.Tensor], di
     )
     if is_path and not Path(source).exists():
         raise LoraFileError(f"there is no file or folder {source}")  # the Hub has no repository of such a name
+    source = _of_run(source)
     try:
         tensors, config = diffusers_internal("loaders.lora_base", "_fetch_state_dict")(
             source,
@@ -153,6 +154,14 @@ def fetch_lora(source: Any, **options: Any) -> tuple[dict[str, torch.Tensor], di
     if config is None and any("base_model.model." in str(name) for name in tensors):
         config = _peft_config_beside(source, options.get("subfolder"))
     return named_as_peft(tensors), config
+
+
+def _of_run(source: Any) -> Any:
+    """The adapters' folder, where `source` is the folder of a training run; else `source` itself."""
+    if not isinstance(source, (str, os.PathLike)):
+        return source
+    is_run = not any(Path(source).glob("*.safetensors")) and any(Path(source).glob("lora/*.safetensors"))
+    return Path(source) / "lora" if is_run else source
 
 
 def _peft_config_beside(source: Any, subfolder: str | None) -> dict[str, Any] | None:
