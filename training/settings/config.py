@@ -415,9 +415,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.output), "output is missing: the folder of the run")
-        if self.model.start_from is not None:
-            self.model.start_from = str(pipeline_folder(self.model.start_from))
         start = self.model.start_from
+        if start is not None and pipeline_folder(start) != Path(start):
+            self.model.start_from = start = f"{start}/pipeline"
         if not self.data.vae and start is not None:
             self.data.vae = f"{start}/vae"
         require(bool(self.data.vae), "data.vae is missing: the folder or Hub name of an AutoencoderKL")
