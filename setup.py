@@ -17,12 +17,12 @@ REPOSITORY = "https://example.org/transdiff_pipelines"
 
 BASE = [
     "torch>=2.8,<3",
-    "diffusers>=0.40",  # the first with `dtype=`, and with LoRA weights for models of other packages
+    "diffusers>=0.41",  # 0.40 is the first with `dtype=`, 0.41 with caches and group offloading as used here
     "transformers>=5,<6",  # diffusers' LoRA loaders import it
     "accelerate>=1.10,<2",
     "safetensors>=0.8,<1",
-    "huggingface_hub>=1.23,<3",
-    "peft>=0.18,<1",
+    "huggingface_hub>=1.32,<3",
+    "peft>=0.21,<1",  # 0.20 loses the `layers_to_transform` of a LoRA
     "typer>=0.20,<1",  # Literal types
     "numpy>=2",
     "Pillow>=11",

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 
 
-TESTED_DIFFUSERS = "0.40 to 0.42"
+TESTED_DIFFUSERS = "0.41 to 0.42"
 """The releases with which the tests passed; `make test-versions` runs them with the lowest and the newest."""
 
 
