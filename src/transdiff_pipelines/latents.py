@@ -3,11 +3,12 @@
 Shapes: B batch, C channels, H/W latent grid, P patch size, S tokens = (H / P) * (W / P).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
 
 from .presets import VAE_DOWNSAMPLE_FACTOR
 
@@ -16,6 +17,23 @@ NUM_TRAIN_TIMESTEPS = 1000
 """The network's timestep is this many times σ, whatever the scheduler."""
 
 Sigma = TypeVar("Sigma", float, torch.Tensor)
+
+
+def draw_noise(
+    shape: Sequence[int],
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Standard normal numbers on `device`, drawn where the generator lives, as diffusers' `randn_tensor` draws them.
+
+    That function copies what a generator on the CPU drew in a way that waits until a GPU has worked through its queue.
+    This copy does not: the source lies in ordinary memory, which is read before `to` returns.
+    """
+    first = generator[0] if isinstance(generator, list) else generator
+    drawn_on = device if first is None else first.device
+    noise: torch.Tensor = randn_tensor(tuple(shape), generator=generator, device=drawn_on, dtype=dtype)
+    return noise.to(device, non_blocking=True)
 
 
 def pack_latents(latents: torch.Tensor, patch_size: int) -> torch.Tensor:

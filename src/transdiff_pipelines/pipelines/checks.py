@@ -54,6 +54,10 @@ _UNFIT_OPTIONS_OF = {
     }
 }
 
+# These leave their sigmas on the device and compare them at every step, which waits for a GPU, so that the sigmas are
+# brought to the CPU.
+SCHEDULERS_READING_SIGMAS = ("FlowMatchHeunDiscreteScheduler",)
+
 # These schedulers want the 0 at the end of custom sigmas, which the others append themselves.
 _OWN_FORM_OF_SIGMAS = ("LTXEulerAncestralRFScheduler",)
 

@@ -68,7 +68,7 @@ def blend_conditions(
     stack = torch.stack(list(conditions))
     if isinstance(weights, str):
         weights = token_shares(weights, len(shapes), shapes[0][1], generator)
-    shares = torch.as_tensor(weights, dtype=torch.float32, device=stack.device)
+    shares = torch.as_tensor(weights, dtype=torch.float32)
     if shares.ndim == 1:
         shares = shares[:, None]
     if shares.ndim != 2 or len(shares) != len(shapes) or shares.shape[1] not in (1, shapes[0][1]):
@@ -79,4 +79,5 @@ def blend_conditions(
     totals = shares.sum(0).tolist()
     if not all(math.isclose(total, 1.0, abs_tol=1e-3) for total in totals):
         raise ValueError(f"the weights of a token sum to {min(totals):g}..{max(totals):g}; they must sum to 1")
+    shares = shares.to(stack.device, non_blocking=True)  # only now, so that reading their sums waits for no device
     return (shares[:, None, :, None] * stack.float()).sum(0).to(stack.dtype)

@@ -68,6 +68,7 @@ class LabelCondition:
         self.batch_size = len(labels)
         self._encode = encode
         self._rows = [encode.model.null_class] * len(labels) + list(labels) if guided else list(labels)
+        self._labels = torch.tensor(self._rows, device=encode.device)
         self._branches = 2 if guided else 1
         self._images_left = num_images
         self._cache = encode.model.new_cache() if encode.model.num_images > 1 else None
@@ -77,8 +78,7 @@ class LabelCondition:
         """Condition `(G B, (i + 1) S / N, D)` of image i, from the images not yet seen `(B, n, C, s, s)`, or None."""
         tokens = self._encode_labels() if self._tokens is None else self._tokens
         if images is not None:
-            labels = torch.tensor(self._rows, device=self._encode.device)
-            group = self._encode(labels, torch.cat([images] * self._branches), self._cache)
+            group = self._encode(self._labels, torch.cat([images] * self._branches), self._cache)
             tokens = torch.cat([tokens, group], dim=1)
             self._images_left -= images.shape[1]
         self._tokens = tokens

@@ -8,10 +8,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
-from ..latents import noise_latents, renoise_latents
+from ..latents import draw_noise, noise_latents, renoise_latents
 from .checks import CallSettings, check_count, check_present, check_strength
 from .conditions import LabelCondition
 from .image_inputs import check_images, check_masks, common_batch_size, is_latents
@@ -106,7 +105,7 @@ def jump_back(
     latents: torch.Tensor, sigma: float, sigma_to: float, generator: torch.Generator | list[torch.Generator] | None
 ) -> torch.Tensor:
     """Latents at σ with fresh noise up to a larger σ', see `renoise_latents`."""
-    noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+    noise = draw_noise(latents.shape, generator, latents.device, latents.dtype)
     return renoise_latents(latents, noise, sigma, sigma_to)
 
 

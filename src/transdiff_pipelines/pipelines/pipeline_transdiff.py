@@ -20,11 +20,10 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..latents import NUM_TRAIN_TIMESTEPS, scale_latents, unscale_latents, vae_stride
+from ..latents import NUM_TRAIN_TIMESTEPS, draw_noise, scale_latents, unscale_latents, vae_stride
 from ..loaders.hub import TransDiffHubMixin
 from ..loaders.lora import TransDiffLoraLoaderMixin
 from ..loaders.single_file import TransDiffSingleFileMixin
@@ -34,6 +33,7 @@ from ..models.attention import check_attention_kwargs
 from ..models.key_value_cache import KeyValueCache
 from ..presets import DEFAULT_NUM_INFERENCE_STEPS
 from .checks import (
+    SCHEDULERS_READING_SIGMAS,
     CallSettings,
     check_components,
     check_count,
@@ -324,7 +324,7 @@ class TransDiffPipeline(
         check_generator(generator, batch_size)
         device = self._execution_device
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            latents = draw_noise(shape, generator, device, torch.float32)
         return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     @property
@@ -462,6 +462,8 @@ class TransDiffPipeline(
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         else:
             self.scheduler.set_timesteps(sigmas=np.asarray(sigmas, dtype=np.float32), device=device)
+        if type(self.scheduler).__name__ in SCHEDULERS_READING_SIGMAS:
+            self.scheduler.sigmas = self.scheduler.sigmas.cpu()
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(first_step * self.scheduler.order)
         return self.scheduler.timesteps

@@ -12,9 +12,8 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import randn_tensor
 
-from ..latents import noise_latents
+from ..latents import draw_noise, noise_latents
 
 
 logger = logging.get_logger(__name__)
@@ -142,7 +141,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
     def _set_grid(self, sigmas: torch.Tensor, device: str | torch.device | None) -> None:
         # sigmas stay on the CPU: as 0-dim CPU tensors they meet samples of any device without a synchronisation.
         self.sigmas = torch.cat([sigmas.cpu(), torch.zeros(1, device="cpu")])
-        self.timesteps = (sigmas * self.config.num_train_timesteps).to(device)
+        self.timesteps = (sigmas * self.config.num_train_timesteps).to(device, non_blocking=True)
         self._step_index = self._begin_index = None
 
     def set_timesteps(
@@ -233,7 +232,7 @@ class FlowMatchScheduler(SchedulerMixin, ConfigMixin, ABC):
         if sigma_next > 0 and self._adds_noise():
             noise = variance_noise
             if noise is None:
-                noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+                noise = draw_noise(sample.shape, generator, sample.device, sample.dtype)
             noise = noise.to(sample.device, dtype)
         prev_sample = self._advance(model_output.to(dtype), sample.to(dtype), sigma, sigma_next, noise)
 

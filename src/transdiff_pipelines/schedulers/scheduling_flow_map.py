@@ -50,7 +50,7 @@ class FlowMapScheduler(FlowMatchScheduler):
     def _set_grid(self, sigmas: torch.Tensor, device: str | torch.device | None) -> None:
         super()._set_grid(sigmas, device)
         reached = (1 - self.config.renoise) * self.sigmas[1:]
-        self.next_timesteps = (reached * self.config.num_train_timesteps).to(device)
+        self.next_timesteps = (reached * self.config.num_train_timesteps).to(device, non_blocking=True)
 
     def _adds_noise(self) -> bool:
         return self.config.renoise > 0
