@@ -237,7 +237,9 @@ class Trainer:
         return final
 
     def train_step(self, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, float]:
-        """One optimiser step; returns the losses `(N,)` averaged over the global batch, and the gradient norm."""
+        """One optimiser step; returns the losses `(N,)` averaged over the global batch, on the CPU, and the gradient
+        norm. The program waits for the device once, in `Engine.step`.
+        """
         self.engine.set_learning_rate(self.rate.at(self.step))
         key = keyed_generator(self.config.seed, self.step, self.accelerator.process_index, -1)
         torch.manual_seed(key.initial_seed())  # dropout
@@ -252,12 +254,11 @@ class Trainer:
                     losses = self.engine.model(**batch)
                 self.engine.backward(losses.mean())
                 total = total + losses.detach() / len(micro_batches)
-        step = self.engine.step()
         # One reduction tells every process the losses and whether any process was asked to stop, so that all of them
         # stop after the same step.
         wanted = total.new_full((1,), float(self.stop_request.made))
-        reduced = self.accelerator.reduce(torch.cat([total, wanted]), reduction="mean")
-        losses, self.stopping = reduced[:-1], bool(reduced[-1])
+        step = self.engine.step(beside=self.accelerator.reduce(torch.cat([total, wanted]), reduction="mean"))
+        losses, self.stopping = torch.tensor(step.beside[:-1]), step.beside[-1] > 0
         self._count(step, losses)
         return losses, step.grad_norm
 

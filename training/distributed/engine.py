@@ -33,11 +33,13 @@ class Step:
         grad_norm: norm of the gradients of all processes before clipping.
         stepped: whether the weights changed. They do not if the loss or the gradients were not finite.
         good: False if that is a fault. Under fp16 it is none if the scaler skipped the step to lower its scale.
+        beside: the numbers that `Engine.step` was given to read.
     """
 
     grad_norm: float
     stepped: bool
     good: bool
+    beside: list[float]
 
 
 class Engine(ABC):
@@ -80,8 +82,13 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def step(self) -> Step:
-        """Clip the gradients, step unless they are not finite, and clear them."""
+    def step(self, beside: Tensor) -> Step:
+        """Clip the gradients, step unless they are not finite, and clear them.
+
+        Whether to step has to be known here, because the optimiser, the running average and the count of bad steps
+        depend on it. So the program waits for the device once in a step: when it reads the norm, after all of the
+        forward and backward work was queued, and with it `beside` `(n,)`, numbers that the caller wants to know.
+        """
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The whole weights with the names in `saved`, on the main process; other processes may get none."""
@@ -129,11 +136,12 @@ class ReplicatedEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(spoiled_if_bad(loss))
 
-    def step(self) -> Step:
+    def step(self, beside: Tensor) -> Step:
         """As in `Engine`. Under fp16 a gradient that overflows is normal: the scaler skips that step itself and lowers
-        its scale. Only when the scale has fallen below 1 does an overflow count as bad.
+        its scale. Only when the scale has fallen below 1 does an overflow count as bad. The scaler reads its scale and
+        waits too, but right after the norm, when the device has hardly anything left to do.
         """
-        norm = self.clip()
+        norm, *values = torch.cat([self.clip().reshape(1), beside]).tolist()
         scaler, finite = self.accelerator.scaler, math.isfinite(norm)
         judged_by_scaler = scaler is not None and scaler.get_scale() >= 1
         if finite or scaler is not None:
@@ -142,12 +150,12 @@ class ReplicatedEngine(Engine):
         # the norm has to be asked as well.
         stepped = finite and not self.accelerator.optimizer_step_was_skipped
         self.optimizer.zero_grad()
-        return Step(norm, stepped, good=finite or judged_by_scaler)
+        return Step(norm, stepped, good=finite or judged_by_scaler, beside=values)
 
-    def clip(self) -> float:
-        """Clip the gradients; returns their norm before clipping."""
+    def clip(self) -> Tensor:
+        """Clip the gradients; returns their norm before clipping, a scalar on the device."""
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.optimizer.max_grad_norm)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def whole_optimizer(self) -> dict[str, Any]:
         return self.optimizer.state_dict()

@@ -198,7 +198,8 @@ class Window:
         self.watch.clear()
 
     def add(self, losses: torch.Tensor, grad_norm: float) -> None:
-        self.losses.append(losses.cpu())
+        """A step's losses `(N,)`, on the CPU, and the norm of its gradients."""
+        self.losses.append(losses)
         self.grad_norms.append(grad_norm)
 
     def summary(self) -> dict[str, float]:

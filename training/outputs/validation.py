@@ -53,7 +53,7 @@ class Validation:
         device = self.accelerator.device
         losses = []
         for batch in batch_loader(self.batches, 0, self.count, self.workers):
-            batch = self.prepare({name: tensor.to(device) for name, tensor in batch.items()})
+            batch = self.prepare({name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})
             with self.accelerator.autocast():
                 losses.append(module(**batch).float().mean())
         module.train(training)
