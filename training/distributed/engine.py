@@ -82,7 +82,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def step(self, beside: Tensor) -> Step:
+    def step(self, beside: Tensor | None = None) -> Step:
         """Clip the gradients, step unless they are not finite, and clear them.
 
         Whether to step has to be known here, because the optimiser, the running average and the count of bad steps
@@ -136,12 +136,13 @@ class ReplicatedEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(spoiled_if_bad(loss))
 
-    def step(self, beside: Tensor) -> Step:
+    def step(self, beside: Tensor | None = None) -> Step:
         """As in `Engine`. Under fp16 a gradient that overflows is normal: the scaler skips that step itself and lowers
         its scale. Only when the scale has fallen below 1 does an overflow count as bad. The scaler reads its scale and
         waits too, but right after the norm, when the device has hardly anything left to do.
         """
-        norm, *values = torch.cat([self.clip().reshape(1), beside]).tolist()
+        numbers = self.clip().reshape(1)
+        norm, *values = (numbers if beside is None else torch.cat([numbers, beside])).tolist()
         scaler, finite = self.accelerator.scaler, math.isfinite(norm)
         judged_by_scaler = scaler is not None and scaler.get_scale() >= 1
         if finite or scaler is not None:

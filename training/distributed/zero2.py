@@ -66,11 +66,11 @@ class Zero2Engine(Engine):
         self.model.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
         self.model.backward(spoiled, scale_wrt_gas=False)
 
-    def step(self, beside: Tensor) -> Step:
+    def step(self, beside: Tensor | None = None) -> Step:
         self.model.step()  # clips and clears the gradients too, and waits for the device by itself
         norm = float(self.model.get_global_grad_norm())
         finite = math.isfinite(norm)  # if it is not, DeepSpeed has skipped the step
-        return Step(norm, stepped=finite, good=finite, beside=beside.tolist())
+        return Step(norm, stepped=finite, good=finite, beside=[] if beside is None else beside.tolist())
 
     @contextmanager
     def _parts_lent(self) -> Iterator[list[Tensor]]:
