@@ -1,10 +1,10 @@
-"""A device that is not the CPU, for tests on machines that have no other: `DEVICE`, called "second".
+"""A device that is not the CPU, for tests on machines that have no other: `DEVICE`, called "elsewhere".
 
 It computes with the CPU's kernels and, as a GPU does, refuses operations whose tensors lie on different devices. It
 also notes each time that a program would wait for a GPU: when it reads a number back, makes a shape depend on numbers,
 or copies between the devices and does not say `non_blocking`.
 
-A tensor of the device is a wrapper around a tensor of the CPU. What makes tensors (`torch.empty(device="second")`)
+A tensor of the device is a wrapper around a tensor of the CPU. What makes tensors (`torch.empty(device="elsewhere")`)
 comes in through the fallback of PyTorch's dispatch key PrivateUse1, all else through `__torch_dispatch__`. Importing
 this module registers the device for the process; it is only "available" inside `second_device()`, so that the tests
 of other files see the CPU alone.
@@ -39,7 +39,7 @@ class _Hooks(torch._C._acc.PrivateUse1Hooks):
 
 
 class _Backend(_DummyBackendModule):
-    """What `torch.second` has, as `torch.cuda` for CUDA."""
+    """What `torch.elsewhere` has, as `torch.cuda` for CUDA."""
 
     def is_available(self) -> bool:
         return _State.available
@@ -48,8 +48,8 @@ class _Backend(_DummyBackendModule):
         return [torch.bfloat16, torch.float16]
 
 
-_setup_privateuseone_for_python_backend("second", backend_module=_Backend(), hook=_Hooks())
-DEVICE = torch.device("second", 0)
+_setup_privateuseone_for_python_backend("elsewhere", backend_module=_Backend(), hook=_Hooks())
+DEVICE = torch.device("elsewhere", 0)
 
 
 class SecondTensor(torch.Tensor):
@@ -192,7 +192,7 @@ def waits_counted() -> Iterator[list[str]]:
 def second_device() -> Iterator[torch.device]:
     """Make the device available, as the accelerator of the machine."""
     _State.available = True
-    torch._C._set_only_lift_cpu_tensors(True)  # without it `torch.tensor(.., device="second")` passes by the dispatch
+    torch._C._set_only_lift_cpu_tensors(True)  # else `torch.tensor(.., device="elsewhere")` passes by the dispatch
     try:
         with mock.patch("torch.accelerator.synchronize", _synchronize):
             yield DEVICE
@@ -211,7 +211,7 @@ def _autocast(operator: Any, to_half: bool) -> Any:
     def cast(value: Any) -> Any:
         if not (isinstance(value, torch.Tensor) and value.is_floating_point()) or value.dtype == torch.float64:
             return value
-        return value.to(torch.get_autocast_dtype("second") if to_half else torch.float32)
+        return value.to(torch.get_autocast_dtype("elsewhere") if to_half else torch.float32)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map(cast, (args, kwargs))

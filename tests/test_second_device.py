@@ -251,9 +251,9 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
 def test_the_device_is_strict_and_notes_waits() -> None:
     """What the other tests rest on."""
     here, there = torch.ones(2), torch.ones(2, device=DEVICE)
-    with pytest.raises(RuntimeError, match="all tensors must be on second:0"):
+    with pytest.raises(RuntimeError, match="all tensors must be on elsewhere:0"):
         here + there
-    with pytest.raises(RuntimeError, match="expected a generator on second:0"):
+    with pytest.raises(RuntimeError, match="expected a generator on elsewhere:0"):
         torch.randn(2, device=DEVICE, generator=seeded())
     quiet = [lambda: there * 2, lambda: here.to(DEVICE, non_blocking=True), lambda: there + torch.tensor(1.0)]
     reads = [lambda: there.sum().item(), there.tolist, lambda: bool((there > 0).all()), lambda: float(there[0])]

@@ -72,7 +72,7 @@ def compare(configs: list[TrainConfig], name: str) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_gives_the_cpu_s_losses(make_config, data_config, name: str) -> None:
     changes = {**RUNS[name], **REPORTED, "data.images": data_config.images}
-    configs = [make_config(output, **changes) for output in ("cpu", "second")]
+    configs = [make_config(output, **changes) for output in ("cpu", "elsewhere")]
     compare(configs, name)
     pipe = TransDiffPipeline.from_pretrained(Path(configs[1].output) / "pipeline")
     averaged = load_file(checkpoint_folders(Path(configs[1].output))[-1] / "state" / "ema.safetensors")
@@ -84,7 +84,7 @@ def test_lora(make_config) -> None:
     train(base, on_device=True)
     settings = {f"model.{name}": None for name in base.model.sizes()}
     settings |= {"model.start_from": f"{base.output}/pipeline", "lora.rank": 2, **REPORTED}
-    compare([make_config(output, **settings) for output in ("cpu", "second")], "LoRA")
+    compare([make_config(output, **settings) for output in ("cpu", "elsewhere")], "LoRA")
 
 
 def test_a_resumed_run_is_bit_identical_to_one_that_went_through(make_config) -> None:
@@ -136,7 +136,7 @@ def test_autocast(trainer: Trainer, dtype: torch.dtype) -> None:
     """Losses and gradients come out in float32, and near those of float32."""
     batch = trainer.to_latents(trainer.batches[0])
     expected = trainer.module(**batch)
-    with torch.autocast("second", dtype):
+    with torch.autocast("elsewhere", dtype):
         losses = trainer.module(**batch)
     losses.mean().backward()
     assert losses.dtype == torch.float32
