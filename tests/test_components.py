@@ -283,31 +283,16 @@ class TestArguments:
         with pytest.raises(error, match=message):
             tiny_pipeline()(0, callback_on_step_end=lambda *_: {}, **STEPS | argument)
 
-    @pytest.mark.parametrize(
-        ("name", "hint"),
-        [
-            ("prompt", r"pass class ids or names: pipe\('goldfish'\)"),
-            ("num_images_per_prompt", "pass num_images_per_label"),
-            ("height", "the model makes images of one size"),
-            ("seed", "manual_seed"),
-            ("guidence_scale", r"help\(pipe\.__call__\)"),
-        ],
-    )
-    def test_arguments_of_other_pipelines(self, name, hint):
-        pipe = tiny_pipeline()
-        image, mask = torch.zeros(1, CHANNELS, SIDE, SIDE), Image.new("L", (PIXELS, PIXELS))
-        calls = (pipe, (0,)), (TransDiffImg2ImgPipeline, (image, 0)), (TransDiffInpaintPipeline, (image, mask, 0))
-        for made, arguments in calls:
-            one = made if made is pipe else made.from_pipe(pipe)
-            with pytest.raises(TypeError, match=f"{name} is no argument of this pipeline.*{hint}"):
-                one(*arguments, **{name: 4})
-
     def test_a_refused_scheduler_hears_of_the_packages_own(self):
         from diffusers import DDIMScheduler
 
-        with pytest.raises(ValueError, match="FlowMatch") as refused:
-            tiny_pipeline(scheduler=DDIMScheduler(prediction_type="flow_prediction"))
+        own = "FlowMatchEulerMaruyamaScheduler, FlowMatchSDEMultistepScheduler, FlowMatchEuler"
+        wrong = {"scheduler": DDIMScheduler(prediction_type="flow_prediction")}
+        with pytest.raises(ValueError, match=f"use one of {own}") as refused:
+            tiny_pipeline(**wrong)
         assert "LTX" not in str(refused.value)
+        with pytest.raises(ValueError, match=f"use one of FlowMapScheduler, {own}"):
+            tiny_pipeline(**wrong, transformer=tiny_transformer(num_flow_map_layers=1))
 
     def test_sizes_of_a_mask_are_its_own(self):
         inpaint = TransDiffInpaintPipeline.from_pipe(tiny_pipeline())
@@ -316,6 +301,12 @@ class TestArguments:
             ValueError, match=f"mask_image has 64x64 pixels, but .* makes {PIXELS}x{PIXELS}; resize it"
         ):
             inpaint(picture, Image.new("L", (64, 64)), 0, **STEPS)
+        with pytest.raises(ValueError, match="^image has 64x64 pixels, .*; resize it: image.resize"):
+            inpaint(picture, Image.new("L", (PIXELS, PIXELS)), 0, **STEPS)
+
+    def test_an_array_hears_of_no_method_that_repeats_its_values(self):
+        with pytest.raises(ValueError, match="9x8 pixels, .*; resize it$"):
+            TransDiffImg2ImgPipeline.from_pipe(tiny_pipeline())(torch.zeros(3, 8, 9), 0, **STEPS)
 
 
 def test_the_bundled_model_previews_with_another_decoder(tmp_path: Path) -> None:

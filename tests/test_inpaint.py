@@ -334,7 +334,7 @@ class TestErrors:
             (np.full((8, 8), 255.0), ValueError, r"mask_image has values outside \[0, 1\]"),
             (torch.zeros(1, 3, 8, 8), ValueError, r"mask_image has shape \(1, 3, 8, 8\)"),
             (torch.zeros(8), ValueError, r"mask_image has shape \(8,\)"),
-            (None, TypeError, r"mask_image is \['NoneType'\]"),
+            (None, TypeError, r"mask_image is NoneType"),
             (torch.zeros(2, 8, 8), ValueError, "got 1 class_labels, 3 images, 2 masks"),
         ],
     )

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral, Real
@@ -27,8 +27,7 @@ FLOW_SCHEDULERS = (
 )
 """Schedulers of diffusers that sample a flow of known solution rightly (tests/test_schedulers_swapping.py)."""
 
-# What a refusal names: the package's own first, and none that needs a time grid of its own form.
-_ADVISED_SCHEDULERS = ("FlowMatchEulerMaruyamaScheduler", "FlowMatchSDEMultistepScheduler", *FLOW_SCHEDULERS[:-1])
+_OWN_SCHEDULERS = ("FlowMatchEulerMaruyamaScheduler", "FlowMatchSDEMultistepScheduler")
 
 _UNFIT_SCHEDULERS = {
     "DEISMultistepScheduler": "it stops before sigma 0 and leaves noise in the image",
@@ -169,8 +168,8 @@ def check_scheduler(scheduler: SchedulerMixin | None, transformer: TransDiffTran
         hint = f"{scheduler.__name__}.from_config(pipe.scheduler.config)" if isinstance(scheduler, type) else "one"
         raise TypeError(f"scheduler is {describe(scheduler)}; expected a scheduler of diffusers: pass {hint}")
     name, config = type(scheduler).__name__, scheduler.config
-    is_velocity_model = transformer is not None and transformer.config.num_flow_map_layers == 0
-    if is_velocity_model and hasattr(scheduler, "next_timesteps"):
+    is_velocity_model = transformer is None or transformer.config.num_flow_map_layers == 0
+    if transformer is not None and is_velocity_model and hasattr(scheduler, "next_timesteps"):
         raise ValueError(
             f"{name} asks for average velocities over its long steps, and the transformer is a velocity model "
             "(num_flow_map_layers=0); use another scheduler, or a checkpoint trained as a flow map"
@@ -188,7 +187,8 @@ def check_scheduler(scheduler: SchedulerMixin | None, transformer: TransDiffTran
         )
     if type(scheduler).__module__.startswith("diffusers.") and name not in FLOW_SCHEDULERS:
         reason = _UNFIT_SCHEDULERS.get(name, "it does not integrate a flow")
-        raise ValueError(f"{name} cannot sample this model: {reason}; use one of {', '.join(_ADVISED_SCHEDULERS)}")
+        others = _schedulers_for(is_velocity_model)
+        raise ValueError(f"{name} cannot sample this model: {reason}; use one of {', '.join(others)}")
     steps = config.get("num_train_timesteps", NUM_TRAIN_TIMESTEPS)
     if steps != NUM_TRAIN_TIMESTEPS:
         raise ValueError(
@@ -205,6 +205,12 @@ def check_scheduler(scheduler: SchedulerMixin | None, transformer: TransDiffTran
                 raise ValueError(
                     f"{name} has {option}=True: it takes the place of the flow's sigmas and gives NaN; set it to False"
                 )
+
+
+def _schedulers_for(is_velocity_model: bool) -> list[str]:
+    """What a refusal names: this package's own schedulers first, and none that needs a time grid of its own form."""
+    own = _OWN_SCHEDULERS if is_velocity_model else ("FlowMapScheduler", *_OWN_SCHEDULERS)
+    return [name for name in (*own, *FLOW_SCHEDULERS) if name not in _OWN_FORM_OF_SIGMAS]
 
 
 def guidance_per_image(guidance_scale: float | Sequence[float], num_images: int) -> list[float]:
@@ -364,33 +370,3 @@ def check_output(output_type: str, tensor_inputs: Sequence[str], known_tensor_in
         raise ValueError(
             f"callback_on_step_end_tensor_inputs has {unknown}; a callback can be given {list(known_tensor_inputs)}"
         )
-
-
-# Arguments of other pipelines that people try here, and what does it.
-_HABITS = {
-    "prompt": "pass class ids or names: pipe('goldfish')",
-    "negative_prompt": "guidance leads away from the null class; the other branch is negative_condition_embeds",
-    "prompt_embeds": "pass condition_embeds",
-    "negative_prompt_embeds": "pass negative_condition_embeds",
-    "num_images_per_prompt": "pass num_images_per_label",
-    "batch_size": "pass a list of labels, or num_images_per_label",
-    "height": "the model makes images of one size",
-    "width": "the model makes images of one size",
-    "num_steps": "pass num_inference_steps",
-    "steps": "pass num_inference_steps",
-    "cfg": "pass guidance_scale",
-    "seed": "pass generator=torch.Generator().manual_seed(seed)",
-    "eta": "the noise of the sampler is its scheduler's diffusion_scale",
-    "cross_attention_kwargs": "pass attention_kwargs",
-    "joint_attention_kwargs": "pass attention_kwargs",
-    "callback": "pass callback_on_step_end",
-    "callback_steps": "callback_on_step_end is called at every step",
-    "guidance_rescale": "guidance can be left to a part of the time grid: pass guidance_interval",
-}
-
-
-def check_no_others(unknown: Mapping[str, object]) -> None:
-    """Raise TypeError for arguments that a call does not have, with what does it here."""
-    for name in unknown:
-        hint = f": {_HABITS[name]}" if name in _HABITS else "; help(pipe.__call__) lists them"
-        raise TypeError(f"{name} is no argument of this pipeline{hint}")

@@ -140,7 +140,7 @@ class TransDiffEditingPipeline(TransDiffPipeline):
     def _check_edit(
         self,
         settings: CallSettings,
-        image: PipelineImageInput,
+        image: PipelineImageInput | None,
         strength: float,
         references: References,
         mask: torch.Tensor | None = None,
@@ -157,7 +157,7 @@ class TransDiffEditingPipeline(TransDiffPipeline):
         if jump_n_sample > 1 and steps.start == 0 and jump_length >= len(steps):
             raise ValueError(f"jump_length is {jump_length}, but only jumps shorter than the {len(steps)} steps count")
         latents_given = is_latents(image, self.latents_shape(1))
-        if latents_given:
+        if isinstance(image, torch.Tensor) and latents_given:
             picture = image.reshape(-1, *self.latents_shape(1)[1:])
         else:
             check_present(vae=self.vae)
@@ -189,7 +189,7 @@ class TransDiffEditingPipeline(TransDiffPipeline):
             sigmas=[*self.scheduler.sigmas[: len(self.scheduler.timesteps)].tolist(), 0.0],
         )
 
-    def _preprocess_mask(self, mask_image: PipelineImageInput) -> torch.Tensor:
+    def _preprocess_mask(self, mask_image: PipelineImageInput | None) -> torch.Tensor:
         """Masks `(., 1, H, W)` in [0, 1], 1 where to repaint."""
         check_present(vae=self.vae)  # whose stride tells the size of the mask
         check_masks(mask_image, self.image_side)

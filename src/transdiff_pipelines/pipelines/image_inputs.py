@@ -15,12 +15,12 @@ from PIL import Image
 MASK_MODES = ("1", "L", "RGB")  # an alpha channel would be dropped in silence, a palette's indices mean nothing
 
 
-def is_latents(image: PipelineImageInput, latents_shape: Sequence[int]) -> bool:
+def is_latents(image: PipelineImageInput | None, latents_shape: Sequence[int]) -> bool:
     """Whether `image` is a tensor of latents, `(C, s, s)` or a batch of these, and needs no encoding."""
     return isinstance(image, torch.Tensor) and image.ndim in (3, 4) and image.shape[-3:] == tuple(latents_shape[-3:])
 
 
-def check_images(image: PipelineImageInput, side: int) -> None:
+def check_images(image: PipelineImageInput | None, side: int) -> None:
     """Raise unless `image` is one or several RGB images of `side` times `side` pixels.
 
     Accepted are PIL images of mode "RGB", arrays `(H, W, 3)` or `(B, H, W, 3)` and tensors `(3, H, W)` or
@@ -46,14 +46,10 @@ def check_images(image: PipelineImageInput, side: int) -> None:
                     "either without the B"
                 )
             height, width = shape[-2:]
-        if (width, height) != (side, side):
-            raise ValueError(
-                f"image has {width}x{height} pixels, but this model's latent grid makes {side}x{side}; resize it: "
-                f"image.resize(({side}, {side}))"
-            )
+        _check_size("image", item, (width, height), side)
 
 
-def check_masks(mask: PipelineImageInput, side: int) -> None:
+def check_masks(mask: PipelineImageInput | None, side: int) -> None:
     """Raise unless `mask` is one or several masks of `side` times `side` pixels, white where to repaint.
 
     Accepted are PIL images of mode "1", "L" or "RGB", arrays and tensors `(H, W)` or `(B, H, W)`, with or without a
@@ -79,11 +75,16 @@ def check_masks(mask: PipelineImageInput, side: int) -> None:
                     f"mask_image has shape {tuple(item.shape)}; expected (H, W) or (B, H, W), with at most one channel"
                 )
             height, width = shape[-2:]
-        if (width, height) != (side, side):
-            raise ValueError(
-                f"mask_image has {width}x{height} pixels, but this model's latent grid makes {side}x{side}; resize "
-                f"it: mask_image.resize(({side}, {side}))"
-            )
+        _check_size("mask_image", item, (width, height), side)
+
+
+def _check_size(name: str, item: Any, size: tuple[int, int], side: int) -> None:
+    if size != (side, side):
+        # An array has a `resize`, too, which repeats or drops values.
+        how = f": {name}.resize(({side}, {side}))" if isinstance(item, Image.Image) else ""
+        raise ValueError(
+            f"{name} has {size[0]}x{size[1]} pixels, but this model's latent grid makes {side}x{side}; resize it{how}"
+        )
 
 
 def check_values(name: str, array: np.ndarray | torch.Tensor) -> None:
@@ -114,7 +115,7 @@ def _as_list(name: str, images: Any) -> list[Any]:
     kinds = (Image.Image, np.ndarray, torch.Tensor)
     items = images if isinstance(images, list) else [images]
     if not items or not any(all(isinstance(item, kind) for item in items) for kind in kinds):
-        found = sorted({type(item).__name__ for item in items}) or "an empty list"
+        found = ", ".join(sorted({type(item).__name__ for item in items})) or "an empty list"
         raise TypeError(f"{name} is {found}; expected a PIL image, an array or a tensor, or a list of one kind")
     if isinstance(images, list) and any(getattr(item, "ndim", 0) == 4 for item in items):
         raise ValueError(f"{name} is a list of batches; pass one batch, or a list of single images")

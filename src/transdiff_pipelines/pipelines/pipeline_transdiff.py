@@ -40,7 +40,6 @@ from .checks import (
     check_generator,
     check_guidance_interval,
     check_latents,
-    check_no_others,
     check_output,
     check_present,
     check_scheduler,
@@ -61,6 +60,7 @@ from .conditions import (
     check_sequence_arguments,
     conditional_half,
 )
+from .habits import check_no_others
 from .hooks import check_cache, has_hooked_parts, hooks_freed, state_held_by
 from .overlapping_calls import admitted
 from .reference_images import ReferenceImages, load_references
@@ -561,7 +561,7 @@ class TransDiffPipeline(
         Raises:
             ValueError, TypeError: an argument is wrong; the message names it and the remedy.
         """
-        check_no_others(others)
+        check_no_others(self.__call__, others)
         settings = self.check_inputs(
             class_labels=class_labels,
             guidance_scale=guidance_scale,

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from diffusers.image_processor import PipelineImageInput
 
-from .checks import check_no_others
 from .class_labels import ClassLabels
 from .editing import References, TransDiffEditingPipeline
+from .habits import check_no_others
 from .pipeline_transdiff import TransDiffPipelineOutput
 
 
@@ -24,8 +24,8 @@ class TransDiffImg2ImgPipeline(TransDiffEditingPipeline):
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,
-        image: PipelineImageInput,
-        class_labels: ClassLabels,
+        image: PipelineImageInput | None = None,
+        class_labels: ClassLabels | None = None,
         strength: float = 0.6,
         guidance_scale: float | list[float] | None = None,
         num_inference_steps: int | None = None,
@@ -66,7 +66,7 @@ class TransDiffImg2ImgPipeline(TransDiffEditingPipeline):
 
         The other arguments are those of `TransDiffPipeline.__call__`.
         """
-        check_no_others(others)
+        check_no_others(self.__call__, others)
         settings = self.check_inputs(
             class_labels=class_labels,
             guidance_scale=guidance_scale,
