@@ -11,11 +11,11 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from training import train_vae
 from training.data.splits import SPLITS, split_indices
 from training.digits import quality
 from training.digits import train_vae as train_digits_vae
 from training.digits.export import block_means, export, main
+from training.model.autoencoder import VAESettings, VAETrainer, build_vae, reconstruct, to_tensor
 from transdiff_pipelines import (
     ARConditionEncoder,
     FlowMatchEulerMaruyamaScheduler,
@@ -183,13 +183,12 @@ def test_vae_script_saves_a_loadable_autoencoder(digits: Path, tmp_path: Path) -
 
 def test_vae_training_lowers_the_error() -> None:
     torch.manual_seed(0)
-    vae = train_vae.build_vae()
+    vae = build_vae()
     random = np.random.default_rng(0)
     images = np.repeat(random.random((8, 1, 1, 3)), 32, axis=1).repeat(32, axis=2).astype(np.float32)
-    before = np.square(train_vae.reconstruct(vae, images) - images).mean()
-    settings = {"steps": 25, "batch_size": 8, "learning_rate": 2e-3, "kl_weight": 1e-4}
-    train_vae.train(vae, train_vae.to_tensor(images), generator=torch.Generator().manual_seed(0), **settings)
-    after = np.square(train_vae.reconstruct(vae, images) - images).mean()
+    before = np.square(reconstruct(vae, images) - images).mean()
+    VAETrainer(vae, to_tensor(images), VAESettings(steps=25, batch_size=8, kl_weight=1e-4)).run()
+    after = np.square(reconstruct(vae, images) - images).mean()
     assert after < before / 2
 
 
@@ -199,7 +198,7 @@ def tiny_pipeline() -> TransDiffPipeline:
     return TransDiffPipeline(
         ARConditionEncoder(num_classes=10, num_class_tokens=2, patch_size=1, **size),
         TransDiffTransformer2DModel(patch_size=1, cross_attention_dim=16, **size),
-        train_vae.build_vae(),
+        build_vae(),
         FlowMatchEulerMaruyamaScheduler(drift_scale=0.9, diffusion_scale=0.8),
         guidance_scale=1.5,
     )
