@@ -34,6 +34,7 @@ EXTRAS = {
         "fsspec>=2025.9",
         "matplotlib>=3.9",
         "PyYAML>=6.0.1",
+        "resvg-py>=0.5",  # renders the emoji
         "scikit-learn>=1.6",  # the digits recipe: its images, and the classifier that judges the samples
         "scipy>=1.14",
         "tensorboard>=2.18",

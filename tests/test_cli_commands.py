@@ -134,6 +134,7 @@ def test_info_without_a_model_is_that_of_the_bundled_digits() -> None:
 
 def test_info_search(model: str) -> None:
     assert run("info", model, "--search", "CRANE").stdout == "     2  crane, bird\n     3  crane, machine\n"
+    assert run("info", model, "-s", "bird crane").stdout == "     2  crane, bird\n"
     assert run("info", model, "-s", "4").stdout == "     4  zebra\n"
     assert_one_line_error(run("info", model, "-s", "golfish"), "'golfish'", "did you mean 'goldfish'")
 

@@ -229,6 +229,13 @@ def test_a_page_for_any_model():
         assert [label for _, label in classes.choices] == list(range(5))
 
 
+def test_classes_are_offered_by_name():
+    """Of classes that share a name the number is shown as well."""
+    page = app.build(tiny_pipeline(id2label=dict(enumerate(["dog face", "crane", "hot dog", "crane", "zebra"]))))
+    classes = next(block for block in page.blocks.values() if getattr(block, "elem_id", None) == "classes")
+    assert [name for name, _ in classes.choices] == ["dog face", "crane (1)", "hot dog", "crane (3)", "zebra"]
+
+
 def test_launch_shows_no_place_of_this_machine(tmp_path, monkeypatch):
     tiny_pipeline(condition_encoder=tiny_encoder()).save_pretrained(tmp_path / "model")
     seen: dict = {}

@@ -1,5 +1,6 @@
 """The pipeline: what a call promises, and the errors it gives before any heavy work."""
 
+import re
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from rounding import assert_close
 from tiny import CHANNELS, NUM_CLASSES, SIDE, seeded, tiny_encoder, tiny_pipeline, tiny_transformer, tiny_vae
 
 from transdiff_pipelines import ARConditionEncoder, FlowMatchEulerMaruyamaScheduler, TransDiffPipeline
+from transdiff_pipelines.pipelines.class_labels import closest_names
 
 
 STEPS = 3
@@ -121,6 +123,47 @@ class TestLabels:
     def test_bad_labels(self, mrar, labels, error, message):
         with pytest.raises(error, match=message):
             mrar(labels, num_inference_steps=1)
+
+    @pytest.mark.parametrize(
+        ("name", "closest"),
+        [
+            ("dog", ["dog face", "dog sled", "hot dog", "guide dog"]),
+            ("Dog", ["dog face", "dog sled", "hot dog", "guide dog"]),
+            ("lion face", ["lion", "dog face", "cat face"]),  # "lion" names one class, "face" two
+            ("dogs", ["dog sled", "hot dog", "dog face", "guide dog"]),
+            ("crokodile face", ["crocodile", "cat face", "dog face"]),
+            ("straw", ["strawberry"]),
+            ("hotdog", ["hot dog"]),
+            ("three o'clock", ["three oclock"]),
+            ("T shirt", ["t-shirt"]),
+            ("pineaple", ["pineapple"]),
+            ("ananas", []),
+            ("12", []),
+            ("1a", []),
+        ],
+    )
+    def test_the_closest_names(self, name, closest):
+        names = ["cat face", "dog face", "hot dog", "guide dog", "dog sled", "lion", "crocodile", "strawberry"]
+        assert closest_names(name, [*names, "pineapple", "t-shirt", "three oclock", "1", "2"]) == closest
+
+    def test_the_closest_of_many_names(self):
+        names = [f"{animal} face" for animal in ("cat", "cow", "dog", "fox", "pig", "rat")]
+        assert closest_names("face", names) == [f"{animal} face" for animal in ("cat", "cow", "dog", "fox", "pig")]
+        assert closest_names("face", []) == []
+
+    def test_an_unknown_name_is_answered_with_the_closest(self):
+        pipe = tiny_pipeline(id2label=dict(enumerate(["dog face", "cat face", "hot dog", "guide dog", "zebra"])))
+        with pytest.raises(ValueError, match=r"'dog' is unknown; did you mean 'dog face', 'hot dog' or 'guide dog'\?"):
+            pipe("dog", num_inference_steps=1)
+
+    @pytest.mark.parametrize("name", ["12", "-1", "+1", "1.5", "1e3", " 7 ", "1_0"])
+    @pytest.mark.parametrize("names", ["01234", ["one", "two", "three", "four", "five"]])
+    def test_a_number_in_a_text_is_answered_with_the_range(self, name, names):
+        """And not with the names of other numbers, however alike they look."""
+        with pytest.raises(
+            ValueError, match=rf"'{re.escape(name.strip())}' is unknown; .* they are 0 to 4, passed as"
+        ):
+            tiny_pipeline(id2label=dict(enumerate(names)))(name, num_inference_steps=1)
 
     def test_names_need_id2label(self):
         with pytest.raises(ValueError, match="has no id2label"):

@@ -18,7 +18,8 @@ def info(
         typer.Argument(help="Folder or Hub repository of a pipeline.", show_default="the bundled digits"),
     ] = None,
     search: Annotated[
-        str | None, typer.Option("--search", "-s", help="Show the classes with this in their name, or this number.")
+        str | None,
+        typer.Option("--search", "-s", help="Show the classes with these words in their name, or this number."),
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -110,8 +111,12 @@ def _component_class(name: str) -> Any:
 def _found(names: Mapping[int, str], text: str) -> dict[int, str]:
     from transdiff_pipelines.pipelines.class_labels import ClassNames
 
-    wanted = text.casefold()
-    found = {class_id: name for class_id, name in names.items() if wanted in name.casefold() or text == str(class_id)}
+    wanted = text.casefold().split()
+
+    def fits(class_id: int, name: str) -> bool:
+        return text == str(class_id) or all(part in name.casefold() for part in wanted)
+
+    found = {class_id: name for class_id, name in names.items() if fits(class_id, name)}
     if not found:
         ClassNames(names).id_of(text)  # its error names the nearest
     return found

@@ -59,6 +59,7 @@ CONFIG = [
         ("training.split_images", ["--images", "IMAGES", "--output", "OUTPUT"]),
         ("training.train_vae", ["--data", "missing", "--output", "OUTPUT"]),
         ("training.digits.export", ["--output", "OUTPUT"]),
+        ("training.emoji.render", ["--output", "OUTPUT", "--packages", "missing"]),
         ("training.evaluate", ["--model", "missing", "--output", "OUTPUT"]),
         ("training.experiments.ar_steps", ["--model", "missing", "--output", "OUTPUT", "--digits", "missing"]),
     ],

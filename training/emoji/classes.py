@@ -23,7 +23,7 @@ from typing import NamedTuple
 from training.data.errors import DataError
 from training.data.labels import listed
 
-from .packages import EmojiSet
+from .packages import Drawing, EmojiSet
 
 
 LEAST_DRAWINGS = 5
@@ -43,7 +43,7 @@ class HeldOut(NamedTuple):
 
     set: str
     split: str
-    """"validation" or "test\""""
+    """validation or test"""
 
 
 def class_name(name: str) -> str:
@@ -67,7 +67,7 @@ def default_classes(sets: Sequence[EmojiSet]) -> list[str]:
     """Names in all of the sets, without skin tones, without flags of countries, and one name for each drawing."""
     names = [name for name, having in shared_names(sets).items() if len(having) == len(sets) and is_class(name, sets)]
     kept: list[str] = []
-    taken = set()
+    taken: set[tuple[str, Drawing]] = set()
     # A name that is an icon's own in more sets is kept before those that are aliases of it in more sets.
     for name in sorted(names, key=lambda name: (sum(name not in emoji.icons["icons"] for emoji in sets), name)):
         drawings = {(emoji.name, emoji.drawing(name)) for emoji in sets}
@@ -92,7 +92,7 @@ def category(name: str, sets: Sequence[EmojiSet]) -> str:
 
 
 def listed_classes(path: Path, sets: Sequence[EmojiSet]) -> list[str]:
-    """The names in a list of classes: one a line, with spaces or hyphens; empty lines and those with # are passed over.
+    """The names in a list of classes: one a line, with spaces or hyphens; comments begin with #.
 
     Raises:
         DataError: if there are none, or some that too few of the sets have.

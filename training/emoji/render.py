@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from training.command_line import one_line_errors, positive
 from training.data.errors import DataError
+from training.data.splits import SPLITS
 from transdiff_pipelines.files import home_path, new_folder, refuse_existing
 
 from .classes import category, class_name, default_classes, held_out, listed_classes
@@ -64,9 +65,9 @@ def render(
         FileExistsError: `output` exists and is not an empty folder.
         DataError: if packages are missing, a class is unknown, or a drawing cannot be rendered.
     """
+    refuse_existing(output)
     to_png = renderer()
     colour = parse_colour(background)
-    refuse_existing(output)
     sets = read_sets(packages)
     names = default_classes(sets) if classes is None else listed_classes(classes, sets)
     held = held_out(sets)
@@ -112,11 +113,11 @@ def parse_colour(text: str) -> tuple[int, int, int]:
     """
     try:
         colour = ImageColor.getrgb(text)
+        if len(colour) == 3:
+            return colour
     except ValueError:
-        colour = ()
-    if len(colour) != 3:
-        raise DataError(f"background {text!r} is no opaque colour; expected a name such as white, or #rrggbb")
-    return colour
+        pass
+    raise DataError(f"background {text!r} is no opaque colour; expected a name such as white, or #rrggbb")
 
 
 def on_background(png: bytes, colour: tuple[int, int, int]) -> Image.Image:
@@ -175,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with one_line_errors("training.emoji.render"):
         counts = render(options.output, options.size, options.packages, options.classes, options.background)
-        print(f"{options.output}: " + ", ".join(f"{counts[split]} {split}" for split in counts))
+        print(f"{options.output}: " + ", ".join(f"{counts[split]} {split}" for split in SPLITS))
 
 
 if __name__ == "__main__":

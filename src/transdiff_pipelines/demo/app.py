@@ -7,6 +7,7 @@ not foreseen goes to the server's log.
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ def build(pipe: TransDiffPipeline, model: str | None = None) -> gr.Blocks:
     """The page for a loaded pipeline; `model` is its name for visitors, as `transdiff generate --model` takes it."""
     num_images = pipe.condition_encoder.num_images
     names = {label: _name(pipe, label) for label in range(pipe.condition_encoder.config.num_classes)}
-    choices = [(name if name == str(label) else f"{name} ({label})", label) for label, name in names.items()]
+    shared = {name for name, count in Counter(names.values()).items() if count > 1}
+    choices = [(f"{name} ({label})" if name in shared else name, label) for label, name in names.items()]
     pixelated = ["pixelated"] if pipe.image_side <= 64 else []
 
     def request(*values: Any) -> DemoRequest:

@@ -1,8 +1,9 @@
 """Class labels as people write them, ints and names, to class ids."""
 
 import difflib
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Set
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Set
 from typing import Any, NoReturn
 
 import numpy as np
@@ -14,6 +15,8 @@ ClassLabels = int | str | Iterable[int | str] | torch.Tensor | np.ndarray
 
 # An error lists the names of a class set if there are no more than this.
 FEW_NAMES = 20
+
+NUMBER = re.compile(r"\s*[+-]?\d[\d_]*(\.\d*)?(e[+-]?\d+)?\s*", re.IGNORECASE)
 
 
 class ClassNames:
@@ -53,22 +56,64 @@ class ClassNames:
             raise ValueError(f"class name {name!r} is ambiguous: ids {ids} share it; pass the id")
         if not self.ids_by_name:
             raise ValueError(f"class name {name!r} is unknown: this pipeline has no id2label; pass class ids")
-        lowered = {known.lower(): known for known in self.unambiguous}
-        if name.strip().isdecimal():
-            self._explain_number(name)
-        close = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=3)]
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "pipe.labels lists the names"
+        if NUMBER.fullmatch(name):
+            self._explain_number(name.strip())
+        close = closest_names(name, self.unambiguous)
+        hint = f"did you mean {_alternatives(close)}?" if close else "pipe.labels lists the names"
         if not close and len(self.unambiguous) <= FEW_NAMES:
             hint = f"the names are {', '.join(map(repr, self.unambiguous))}"
         raise ValueError(f"class name {name!r} is unknown; {hint}")
 
-    def _explain_number(self, name: str) -> NoReturn:
-        """Raise ValueError for digits that are no class's name: an id is an int."""
+    def _explain_number(self, number: str) -> NoReturn:
+        """Raise ValueError for a number that is no class's name: an id is an int, of a range."""
         ids = sorted({class_id for ids in self.ids_by_name.values() for class_id in ids})
-        hint = f"for the class id pass the int, {int(name)}"
-        if int(name) not in ids:
-            hint = f"and no class has that id either: they are {ids[0]} to {ids[-1]}, passed as ints"
-        raise ValueError(f"class name {name!r} is unknown; {hint}")
+        hint = f"and no class has that id either: they are {ids[0]} to {ids[-1]}, passed as ints"
+        if number.isdecimal() and int(number) in ids:
+            hint = f"for the class id pass the int, {int(number)}"
+        raise ValueError(f"class name {number!r} is unknown; {hint}")
+
+
+def closest_names(name: str, names: Iterable[str], count: int = 5) -> list[str]:
+    """The names, at most `count`, that share words with `name`; if none does, those of similar spelling.
+
+    "dog" is close to "dog face" and "hot dog", whatever their lengths. A word of few names weighs more than one of
+    many, so that "lion face" finds the lion before all faces. Numbers are close to nothing: 12 is not nearly 2.
+    """
+    words = {known: set(_words(known)) for known in names if not NUMBER.fullmatch(known)}
+    frequency = Counter(word for those in words.values() for word in those)
+    weights: dict[str, float] = {}
+    for word in _words(name):
+        weights |= {match: alike / frequency[match] for match, alike in _alike(word, frequency).items()}
+    shared = {known: sum(weights.get(word, 0) for word in those) for known, those in words.items()}
+    spelling = difflib.SequenceMatcher(b=name.lower(), autojunk=False)
+
+    def order(known: str) -> tuple[float, bool, float, str]:
+        spelling.set_seq1(known.lower())
+        return -shared[known], not known.lower().startswith(name.lower()), -spelling.ratio(), known
+
+    sharing = sorted((known for known in words if shared[known]), key=order)[:count]
+    lowered = {known.lower(): known for known in words}
+    return sharing or [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered)]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", re.sub("['\u2019]", "", text.lower()))
+
+
+def _alike(word: str, vocabulary: Collection[str]) -> dict[str, float]:
+    """Words that a word may stand for, with how much each counts: itself, else those that go on from it or are spelt
+    much like it.
+    """
+    if word in vocabulary:
+        return {word: 1.0}
+    begun = {known: 0.5 for known in vocabulary if len(word) > 2 and known.startswith(word)}
+    return dict.fromkeys(difflib.get_close_matches(word, vocabulary, cutoff=0.8), 0.5) | begun
+
+
+def _alternatives(names: list[str]) -> str:
+    """Names in quotes, as in "'a', 'b' or 'c'"."""
+    *before, last = map(repr, names)
+    return f"{', '.join(before)} or {last}" if before else last
 
 
 def parse_class_labels(class_labels: ClassLabels, names: ClassNames, num_classes: int) -> list[int]:
