@@ -28,7 +28,7 @@ transdiff_pipelines.registration | transdiff_pipelines.pipelines
 transdiff_pipelines.loaders
 transdiff_pipelines.code_export | transdiff_pipelines.model_card
 transdiff_pipelines.schedulers | transdiff_pipelines.models
-transdiff_pipelines.latents | transdiff_pipelines.files | transdiff_pipelines.data
+transdiff_pipelines.latents | transdiff_pipelines.files | transdiff_pipelines.hub_access | transdiff_pipelines.data
 transdiff_pipelines.presets transdiff_pipelines.diffusers_internals
 """
 

@@ -24,6 +24,7 @@ from PIL import Image, PngImagePlugin
 
 from . import DIGITS, __version__
 from .files import pipeline_folder, why_no_pipeline
+from .hub_access import check_hub_has
 from .loaders.original_repository import explain_original_repository
 from .models.lora_file import LoraFileError, digest_of
 from .pipelines import TransDiffPipeline
@@ -375,6 +376,7 @@ def model_source(model: str | None) -> str:
     folder = Path(model).expanduser()
     if not folder.exists():
         if _is_repository_name(model):
+            check_hub_has(model)
             return model
         raise FileNotFoundError(f"model {model} does not exist; expected a pipeline's folder or a Hub OWNER/NAME")
     place = pipeline_folder(folder)
@@ -410,11 +412,12 @@ def load_loras(pipe: TransDiffPipeline, settings: GenerationSettings) -> Generat
 
 
 def lora_source(lora: str) -> str:
-    """What `load_lora_weights` loads for `lora`; FileNotFoundError where nothing is there."""
+    """What `load_lora_weights` loads for `lora`; OSError where nothing is there, or where the Hub cannot be asked."""
     place = Path(lora).expanduser()
     if place.exists():
         return str(place)
     if _is_repository_name(lora):
+        check_hub_has(lora)
         return lora
     raise FileNotFoundError(
         f"LoRA {lora} does not exist; expected the file or folder of an adapter, the folder of the run that trained "
