@@ -1,6 +1,7 @@
 """Imports go downwards: the order of folders, and no circles, also not inside functions or for type checkers alone."""
 
 import ast
+import sys
 from collections.abc import Iterable, Iterator
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
@@ -27,7 +28,7 @@ transdiff_pipelines.registration | transdiff_pipelines.pipelines
 transdiff_pipelines.loaders
 transdiff_pipelines.code_export | transdiff_pipelines.model_card
 transdiff_pipelines.schedulers | transdiff_pipelines.models
-transdiff_pipelines.latents | transdiff_pipelines.files | transdiff_pipelines.data
+transdiff_pipelines.latents | transdiff_pipelines.files | transdiff_pipelines.hub_access | transdiff_pipelines.data
 transdiff_pipelines.presets transdiff_pipelines.diffusers_internals
 """
 
@@ -111,6 +112,34 @@ def test_nothing_waits_that_is_mended():
     graph = import_graph()
     for edge in WAITING:
         assert circle(cut(graph, WAITING - {edge})), f"{' -> '.join(edge)} closes no circle any more: take it out"
+
+
+# What the import of `DiffusionPipeline` brings anyway, which is seven seconds of a processor to our tenth of one.
+QUICK = {"torch", "diffusers", "accelerate", "numpy", "PIL", "huggingface_hub", "safetensors", "tqdm"}
+
+
+def at_import(path: Path) -> Iterator[str]:
+    """The packages that a module imports when it is imported: not those of its functions, or for type checkers."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield str(node.module).split(".")[0]
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            is_for_types = isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+            waiting += [] if is_for_types else ast.iter_child_nodes(node)
+
+
+def test_what_drawing_does_not_need_is_not_imported():
+    found = {
+        (module, package)
+        for module, path in modules(ROOT).items()
+        if module.startswith("transdiff_pipelines") and not module.startswith("transdiff_pipelines.demo.")
+        for package in set(at_import(path)) - QUICK - sys.stdlib_module_names - {"transdiff_pipelines"}
+    }
+    assert found == set()
 
 
 SOURCES = {

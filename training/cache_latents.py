@@ -30,6 +30,7 @@ from training.command_line import one_line_errors
 from training.data.decoding import BadImage, in_memory, read_image
 from training.data.errors import CacheError, DataError
 from training.data.examples import Example, Source, content_digest
+from training.data.folders import check_outside
 from training.data.labels import without_images
 from training.data.latent_cache import FORMAT, LatentCache, check_settings, read_stamp, reading, write_json
 from training.data.sources import open_source
@@ -263,6 +264,8 @@ def cache_latents(data: DataConfig, dataset: datasets.Dataset | datasets.Iterabl
     """
     require(data.cache is not None, "data.cache is missing: the folder to write the latents to")
     check_cache_place(Path(str(data.cache)))
+    if data.images is not None and dataset is None:
+        check_outside(Path(str(data.cache)), Path(data.images), "data.cache")
     state = process_state()
     with state.main_process_first():  # the other processes then find the dataset prepared
         source = open_source(data, dataset)
@@ -376,8 +379,8 @@ def write_index(writer: ShardWriter, settings: dict[str, Any]) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def report(cache: LatentCache) -> str:
-    """A few lines about a finished cache."""
+def report(cache: LatentCache, from_scratch: bool = True) -> str:
+    """A few lines about a finished cache; advice on the VAE's scaling factor for a model that starts from scratch."""
     index = json.loads((cache.folder / "index.json").read_text(encoding="utf-8"))
     skipped, mean, std = index["skipped"], index["latent_mean"], index["latent_std"]
     size = sum(shard["bytes"] for shard in index["shards"])
@@ -385,11 +388,15 @@ def report(cache: LatentCache) -> str:
     lines = [
         f"{len(cache)} images of {cache.num_classes} classes in {cache.folder}, {cache.num_views} view(s) each, "
         f"{size / len(cache):,.0f} bytes per image",
-        f"latents {cache.latent_shape}: std {std:.4f}, mean {mean:.4f}; as trained on, std {scaled[0]:.4f}, mean "
-        f"{scaled[1]:.4f} (about 1 and 0 are wanted), with the VAE's scaling factor {cache.scaling_factor:.4f} and "
-        f"shift factor {cache.shift_factor:.4f}. For these images a scaling factor of {1 / std:.4f} would give std 1; "
-        "to train from scratch, that is: a pipeline to start from knows the latents of its own VAE",
+        f"latents {cache.latent_shape}: std {std:.4f}, mean {mean:.4f}; as trained on, with the VAE's scaling factor "
+        f"{cache.scaling_factor:.4f} and shift factor {cache.shift_factor:.4f}: std {scaled[0]:.4f}, mean {scaled[1]:.4f}",
     ]
+    if from_scratch:
+        lines.append(
+            f"A model that learns from scratch wants about std 1 and mean 0. A scaling_factor of {1 / std:.4f} in the VAE's "
+            "config.json would give std 1; set it before caching. If model.start_from is to name a pipeline, leave it "
+            "as it is, because the pipeline's weights know these latents."
+        )
     lines += without_images(cache.labels, cache.classes)
     if skipped:
         named = [f"  {name}: {reason}" for name, reason in skipped[:20]]
@@ -403,7 +410,7 @@ def main() -> None:
         config = config_or_exit("training.cache_latents")
         cache = cache_latents(config.data)
         if process_state().is_main_process:
-            print(report(cache))
+            print(report(cache, from_scratch=config.model.start_from is None))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 
 from training.command_line import one_line_errors, seed
 from training.data.errors import DataError
+from training.data.folders import check_outside
 from training.data.sources import FolderSource
 from training.data.splits import split_indices
 from transdiff_pipelines.files import home_path, new_folder
@@ -26,9 +27,11 @@ def split_images(images: Path, output: Path, seed: int = 0) -> dict[str, int]:
     """Write the three folders and return the number of images in each.
 
     Raises:
-        DataError: if there are no class folders with images, or a class has too few of them.
+        DataError: if there are no class folders with images, or a class has too few of them; if `output` lies inside
+            `images`.
         FileExistsError: `output` exists and is not an empty folder.
     """
+    check_outside(output, images, "--output")
     source = FolderSource(images)
     examples = [source.example(index) for index in range(source.length)]
     labels = np.array([example.label for example in examples])

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from training.data.batches import GroupBatches, batch_loader, keyed_generator
+from training.data.folders import check_outside
 from training.data.held_out import held_out_images
 from training.data.image_dataset import ImageData, Unreadable, changed_files, open_data
 from training.data.labels import without_images
@@ -65,6 +66,8 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.output = Path(config.output)
+        if config.data.images is not None:
+            check_outside(self.output, Path(config.data.images), "output")
         try:
             check_folder_writable(self.output)
         except OSError as error:

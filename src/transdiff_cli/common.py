@@ -24,16 +24,27 @@ class Command(TyperCommand):
 
         `generate 3 --guidance-scale 1 2 3 4` would be a guidance of 1 and the classes 3, 2, 3, 4.
         """
-        repeatable = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
+        # By their names, the options that may be given several times, and whether commas are an alternative.
+        repeatable = {
+            name: "," in str(option.metavar)
+            for option in self.params
+            if getattr(option, "multiple", False)
+            for name in option.opts
+        }
         groups = self._arguments_by_place(args)
         for (name, value), arguments in groups:
-            looks_like_a_list = len(arguments) > 1 and all(map(_is_number, arguments))
+            numbers = [value.split(",")[0], *arguments]
+            looks_like_a_list = len(arguments) > 1 and all(map(_is_number, numbers))
             if name in repeatable and (looks_like_a_list or len(groups) > 1):
                 values = ",".join(part.strip(",") for part in (value, *arguments))
+                several = f"with commas, {name} {values}"
+                if not repeatable[name]:
+                    several = "with the option before each, " + " ".join(
+                        f"{name} {part}" for part in (value, *arguments)
+                    )
                 ctx.fail(
                     f"{' '.join(arguments)} after {name} {value} would be arguments of their own, not values of the "
-                    f"option. Write several values with commas, {name} {values}, and the arguments together, before "
-                    "the options"
+                    f"option. Write several values {several}, and the arguments together, before the options"
                 )
         return super().parse_args(ctx, args)
 

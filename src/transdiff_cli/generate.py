@@ -91,6 +91,18 @@ def generate(
     diffusion_scale: Annotated[
         float | None, typer.Option(help="Noise of the SDE samplers, 0 for none.", show_default="the model's own")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="LoRA adapter: a file, a folder, that of a training run, or a Hub repository. Repeatable.",
+            metavar="PATH",
+            show_default=False,
+        ),
+    ] = None,
+    lora_scale: Annotated[
+        list[str] | None,
+        typer.Option(help="Weight of each LoRA.", show_default="1 for all", metavar="SCALE[,SCALE...]"),
+    ] = None,
     dtype: Annotated[DType | None, typer.Option(help="Number format of the weights.", show_default="float32")] = None,
     device: Annotated[
         str | None,
@@ -124,30 +136,38 @@ def generate(
       transdiff generate 4 -n 9 --no-grid --output "four-{number}.webp"
       transdiff generate --from out.png --output again.png
       transdiff generate --from out.png --seed 100 --output others.png
+      transdiff generate cats --model outputs/own_images --lora outputs/lora --lora-scale 0.8
       transdiff generate goldfish "tiger cat" 207 --model FOLDER --guidance-scale 1.5 --compile
     """
-    guidance = _guidance(guidance_scale)
+    guidance, lora_scales = _numbers("--guidance-scale", guidance_scale), _numbers("--lora-scale", lora_scale)
     with one_line_errors(debug):
         started = perf_counter()
         from transdiff_pipelines.files import check_writable
 
+        imported = perf_counter()
         name = output_name(output, grid)
         check_writable(name)
         given = {
             "model": model,
             "count": count,
             "seed": seed,
-            "guidance_scale": guidance,
+            "guidance_scale": guidance[0] if len(guidance) == 1 else guidance or None,
             "num_inference_steps": steps,
             "scheduler": scheduler,
             "drift_scale": drift_scale,
             "diffusion_scale": diffusion_scale,
             "dtype": dtype,
             "batch_size": batch_size,
+            "lora": tuple(lora or ()) or None,
+            "lora_scale": lora_scales or None,
         }
         given = {key: value for key, value in given.items() if value is not None}
         settings = _settings(given, labels, from_image, grid)
-        pipe = _load(settings, device, compile_blocks)
+        pipe = _load(settings, device)
+        settings = _add_loras(pipe, settings, from_image)
+        if compile_blocks:
+            pipe.condition_encoder.compile_repeated_blocks()
+            pipe.transformer.compile_repeated_blocks()
         if labels or from_image is None:
             settings = replace(settings, labels=_label_ids(pipe, labels))
         settings = settings.resolved(pipe)
@@ -158,22 +178,22 @@ def generate(
 
         where = str(written[0]) if len(written) == 1 else f"{written[0]} to {written[-1]}"
         noun = "image" if settings.num_images == 1 else "images"
-        seconds = f"{finished - loaded:.1f} s, after {loaded - started:.1f} s to load"
-        typer.echo(f"{where}: {settings.num_images} {noun} in {seconds}")
+        # Nearly all of the first is torch, diffusers and what diffusers imports: our own modules take 0.1 s.
+        before = (
+            f"{imported - started:.1f} s to import torch and diffusers and {loaded - imported:.1f} s to load the model"
+        )
+        typer.echo(f"{where}: {settings.num_images} {noun} in {finished - loaded:.1f} s, after {before}")
         typer.echo(f"  {_in_words(pipe, settings)}")
         if not keeps_settings(name):
             typer.echo(f"  only a PNG keeps its settings; again: {settings.command_line()}")
 
 
-def _guidance(values: Sequence[str] | None) -> float | tuple[float, ...] | None:
-    """One value stands for the whole sequence, several for its images one by one."""
-    if not values:
-        return None
+def _numbers(option: str, values: Sequence[str] | None) -> tuple[float, ...]:
+    """The numbers given with an option that takes several, with commas between them or one at a time."""
     try:
-        scales = parse_scales(",".join(values))
+        return tuple(parse_scales(",".join(values))) if values else ()
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--guidance-scale") from error
-    return scales[0] if len(scales) == 1 else tuple(scales)
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def _settings(
@@ -186,6 +206,8 @@ def _settings(
     if from_image is None:
         return GenerationSettings(labels=(0,), **({} if grid else {"batch_size": 1}) | given)
     stored = GenerationSettings.from_image(from_image)
+    if len(given.get("lora", stored.lora)) != len(stored.lora):  # these are others, not the same in another place
+        stored = replace(stored, lora=(), lora_scale=(), lora_digest=())
     if stored.version != __version__:
         typer.echo(f"note: {from_image} was drawn by version {stored.version}, this is {__version__}", err=True)
     if given.get("scheduler", SDE_SAMPLERS[0]) not in SDE_SAMPLERS:  # the new sampler has no such scales
@@ -196,21 +218,33 @@ def _settings(
     return settings
 
 
-def _load(settings: "GenerationSettings", device: str | None, compile_blocks: bool) -> "TransDiffPipeline":
+def _load(settings: "GenerationSettings", device: str | None) -> "TransDiffPipeline":
     from diffusers.utils import logging as diffusers_logging
 
-    from transdiff_pipelines.generation import load_pipeline
+    from transdiff_pipelines.generation import load_pipeline, lora_source
     from transdiff_pipelines.half_precision import half_precision_note
 
+    for lora in settings.lora:
+        lora_source(lora)  # a missing one is an error, before the model is loaded
     diffusers_logging.disable_progress_bar()  # the bar of loading; that of drawing is the pipeline's own
     pipe = load_pipeline(settings.model, settings.dtype, device)
     if note := half_precision_note(pipe.dtype, pipe.device):
         typer.echo(f"note: {note}: --dtype float32", err=True)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
-    if compile_blocks:
-        pipe.condition_encoder.compile_repeated_blocks()
-        pipe.transformer.compile_repeated_blocks()
     return pipe
+
+
+def _add_loras(
+    pipe: "TransDiffPipeline", settings: "GenerationSettings", from_image: Path | None
+) -> "GenerationSettings":
+    """Load the adapters; a note where one is not what it was when the image was drawn."""
+    from transdiff_pipelines.generation import load_loras
+
+    loaded = load_loras(pipe, settings)
+    for lora, before, now in zip(loaded.lora, settings.lora_digest, loaded.lora_digest, strict=False):
+        if before != now:
+            typer.echo(f"note: {from_image} was drawn with another LoRA than the one in {lora}", err=True)
+    return loaded
 
 
 def _label_ids(pipe: "TransDiffPipeline", labels: Sequence[str] | None) -> tuple[int, ...]:
@@ -263,4 +297,6 @@ def _in_words(pipe: "TransDiffPipeline", settings: "GenerationSettings") -> str:
     seeds = f"seed {settings.seed}" if settings.num_images == 1 else f"seeds {settings.seed} to {last}"
     scales = scales_in_words(settings.guidance_scale, settings.drift_scale, settings.diffusion_scale)
     sampler = settings.scheduler or type(pipe.scheduler).__name__
-    return f"{seeds}, {scales}, {settings.num_inference_steps} steps of {sampler}, {settings.dtype} on {pipe.device}"
+    loras = [f", LoRA {lora} at {scale:g}" for lora, scale in zip(settings.lora, settings.lora_scale, strict=True)]
+    steps = f"{settings.num_inference_steps} steps of {sampler}"
+    return f"{seeds}, {scales}, {steps}{''.join(loras)}, {settings.dtype} on {pipe.device}"

@@ -134,7 +134,7 @@ def why_no_pipeline(folder: str | os.PathLike[str]) -> str:
         lora = folder / "lora" if (folder / "lora").is_dir() else folder
         return (
             "holds LoRA adapters and no pipeline; load the pipeline that they were trained on, and give it "
-            f"pipe.load_lora_weights({str(lora)!r})"
+            f"pipe.load_lora_weights({str(lora)!r}), or --lora {lora} on the command line"
         )
     if (folder.parent / INDEX).is_file():
         return f"is a part of a pipeline; name the whole of it, {folder.parent}"

@@ -24,7 +24,9 @@ from PIL import Image, PngImagePlugin
 
 from . import DIGITS, __version__
 from .files import pipeline_folder, why_no_pipeline
+from .hub_access import check_hub_has
 from .loaders.original_repository import explain_original_repository
+from .models.lora_file import LoraFileError, digest_of
 from .pipelines import TransDiffPipeline
 
 
@@ -53,6 +55,7 @@ MAX_IMAGES = 100_000
 MAX_STEPS = 10_000
 MAX_SEED = 2**63 - 1
 MAX_SCALE = 1000
+MAX_LORAS = 100
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,9 @@ class GenerationSettings:
         dtype: number format of the weights, one of `DTYPES`.
         batch_size: images drawn at once. Another one rounds differently.
         version: of the package that drew.
+        lora: files, folders or Hub repositories of LoRA adapters, which are all active.
+        lora_scale: -1000..1000, the weight of each of them; empty is 1 for all.
+        lora_digest: what the adapters held when they were loaded, see `load_loras`; empty is not known.
 
     Raises:
         TypeError: a value of a wrong type.
@@ -91,6 +97,9 @@ class GenerationSettings:
     dtype: str = "float32"
     batch_size: int = 32
     version: str = __version__
+    lora: tuple[str, ...] = ()
+    lora_scale: tuple[float, ...] = ()
+    lora_digest: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # The settings may come from the image of a stranger, so that every value and its type is checked.
@@ -116,6 +125,20 @@ class GenerationSettings:
         # Both are printed to a terminal, where control characters could do harm.
         _check(self.model is None or _is_name(self.model), "model", self.model, "a folder or Hub repository")
         _check(_is_name(self.version), "version", self.version, "that of the package")
+        self._check_loras()
+
+    def _check_loras(self) -> None:
+        for name, expected in (("lora", "files or folders"), ("lora_digest", "digests of their contents")):
+            values = getattr(self, name)
+            is_list = isinstance(values, tuple) and len(values) <= MAX_LORAS and all(map(_is_name, values))
+            _check(is_list, name, values, f"at most {MAX_LORAS} {expected}")
+        _check(isinstance(self.lora_scale, tuple), "lora_scale", self.lora_scale, "one number for each LoRA")
+        for scale in self.lora_scale:
+            _check_scale("lora_scale", scale, low=-MAX_SCALE)
+        for name in ("lora_scale", "lora_digest"):
+            values = getattr(self, name)
+            if values and len(values) != len(self.lora):
+                raise ValueError(f"{name} has {len(values)} value(s) for {len(self.lora)} LoRA; give one for each")
 
     @property
     def num_images(self) -> int:
@@ -204,6 +227,8 @@ class GenerationSettings:
             ("--scheduler", self.scheduler),
             ("--drift-scale", self.drift_scale),
             ("--diffusion-scale", self.diffusion_scale),
+            *(("--lora", source) for source in self.lora),
+            ("--lora-scale", ",".join(map(str, self.lora_scale)) or None),
             ("--dtype", self.dtype),
             ("--batch-size", self.batch_size if self.num_images > 1 else None),
         ]
@@ -233,10 +258,10 @@ def _check_int(name: str, value: object, low: int, high: int) -> None:
     _check(low <= value <= high, name, value, f"{low} to {high}")
 
 
-def _check_scale(name: str, value: object) -> None:
+def _check_scale(name: str, value: object, low: float = 0) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} {value!r:.40} is a {type(value).__name__}; expected a number")
-    _check(0 <= value <= MAX_SCALE, name, value, f"0 to {MAX_SCALE}")
+    _check(low <= value <= MAX_SCALE, name, value, f"{low} to {MAX_SCALE}")
 
 
 def _is_name(value: object) -> bool:
@@ -286,7 +311,7 @@ def draw(
 ) -> Iterator[Image.Image]:
     """The images of the settings in turn, drawn in batches. The pipeline keeps its own scheduler all the while.
 
-    Its weights are used as they are: `settings.model` and `settings.dtype` are the loader's business.
+    Its weights are used as they are: `settings.model`, `dtype` and `lora` are the loader's business.
 
     Raises:
         ValueError, TypeError: a setting does not fit this pipeline.
@@ -351,12 +376,53 @@ def model_source(model: str | None) -> str:
     folder = Path(model).expanduser()
     if not folder.exists():
         if _is_repository_name(model):
+            check_hub_has(model)
             return model
         raise FileNotFoundError(f"model {model} does not exist; expected a pipeline's folder or a Hub OWNER/NAME")
     place = pipeline_folder(folder)
     if (place / "model_index.json").is_file():
         return str(place)
     raise FileNotFoundError(explain_original_repository(folder) or f"model {model} {why_no_pipeline(folder)}")
+
+
+def load_loras(pipe: TransDiffPipeline, settings: GenerationSettings) -> GenerationSettings:
+    """Add the LoRA adapters of the settings to the pipeline, each weighed by its scale.
+
+    Returns:
+        The settings with each scale, and with a digest of each adapter's contents: a path alone does not tell whether
+        the adapter was trained further since.
+
+    Raises:
+        FileNotFoundError: an adapter is not there.
+        ValueError: it cannot be read, or does not fit the pipeline.
+    """
+    if not settings.lora:
+        return settings
+    digests, names = [], [f"lora_{number}" for number in range(len(settings.lora))]
+    for name, lora in zip(names, settings.lora, strict=True):
+        source = lora_source(lora)
+        try:
+            digests.append(digest_of(*pipe.lora_state_dict(source, return_lora_metadata=True)))
+            pipe.load_lora_weights(source, adapter_name=name)
+        except (LoraFileError, OSError) as error:
+            raise ValueError(f"LoRA {lora}: {error}") from error
+    scales = settings.lora_scale or (1.0,) * len(names)
+    pipe.set_adapters(names, list(scales))
+    return replace(settings, lora_scale=scales, lora_digest=tuple(digests))
+
+
+def lora_source(lora: str) -> str:
+    """What `load_lora_weights` loads for `lora`; OSError where nothing is there, or where the Hub cannot be asked."""
+    place = Path(lora).expanduser()
+    if place.exists():
+        return str(place)
+    if _is_repository_name(lora):
+        check_hub_has(lora)
+        return lora
+    raise FileNotFoundError(
+        f"LoRA {lora} does not exist; expected the file or folder of an adapter, the folder of the run that trained "
+        "it, or a Hub OWNER/NAME. If it has moved, name its place with --lora"
+    )
 
 
 def _is_repository_name(model: str) -> bool:

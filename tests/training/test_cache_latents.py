@@ -157,16 +157,22 @@ def test_scaling_and_shift_are_those_of_the_vae(own: DataConfig, tmp_path: Path)
     )
     torch.testing.assert_close(after, (before / 0.5 - 0.25) * 2.0, atol=1e-5, rtol=1e-5)
     index = json.loads((cache.folder / "index.json").read_text())
-    assert f"as trained on, std {index['latent_std'] * 2:.4f}, mean {(index['latent_mean'] - 0.25) * 2:.4f}" in (
-        report(cache)
-    )
+    trained_on = f": std {index['latent_std'] * 2:.4f}, mean {(index['latent_mean'] - 0.25) * 2:.4f}"
+    advice = f"scaling_factor of {1 / index['latent_std']:.4f} in the VAE's config.json"
+    assert trained_on in report(cache)
+    assert advice in report(cache)
+    assert trained_on in report(cache, from_scratch=False)
+    assert "config.json" not in report(cache, from_scratch=False)
 
 
 def test_a_vae_may_lie_in_a_sub_folder_of_a_hub_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
+    asked = []
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", lambda *names, **options: calls.append((names, options)))
+    monkeypatch.setattr("training.data.vae.check_hub_has", asked.append)
     load_vae("org/name")
     load_vae("org/name/vae")
+    assert asked == ["org/name", "org/name"]
     assert calls == [(("org/name",), {}), (("org/name",), {"subfolder": "vae"})]
 
 

@@ -1,6 +1,7 @@
 """Commands that take any image folder: dividing it in three, and training a VAE on it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,11 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from training import split_images, train_vae
+from training.cache_latents import cache_latents
+from training.data.errors import DataError
 from training.data.splits import SPLITS
+from training.settings.config import DataConfig, ModelConfig, TrainConfig
+from training.trainer import Trainer
 
 
 COUNTS = {"cats": 10, "dogs": 20}
@@ -43,6 +48,23 @@ def test_a_folder_is_divided_in_three_without_loss_and_always_alike(images: Path
     assert files(tmp_path / "again") == files(tmp_path / "split")
     split_images.split_images(images, tmp_path / "other", seed=1)
     assert files(tmp_path / "other") != files(tmp_path / "split")
+
+
+@pytest.mark.parametrize("inside", ["images", "images/split", "images/cats/split", "link/split", "other/../images/x"])
+def test_nothing_is_written_among_the_images(images: Path, tmp_path: Path, monkeypatch, inside) -> None:
+    """A second run would find another class there."""
+    (tmp_path / "link").symlink_to(images)
+    before = files(images)
+    place = tmp_path / inside
+    with pytest.raises(DataError, match="lies inside the image folder .* name a folder beside it"):
+        split_images.split_images(images, place)
+    data = DataConfig(images=str(images), vae="checkpoints/missing", cache=str(place))
+    with pytest.raises(DataError, match="data.cache .* lies inside the image folder"):
+        cache_latents(data)
+    model = ModelConfig(preset="B")
+    with pytest.raises(DataError, match="output .* lies inside the image folder"):
+        Trainer(TrainConfig(output=str(place), model=model, data=replace(data, cache=str(tmp_path / "cache"))))
+    assert files(images) == before
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -120,6 +120,18 @@ class FolderSource(IndexedSource):
         return Example(self.name(path), label, lambda: path)
 
 
+def check_outside(place: Path, images: Path, what: str) -> None:
+    """Raise DataError where `place`, which is to be written, lies inside the folder of images.
+
+    A later run would take it for a class, and what is written there for its images.
+    """
+    if place.resolve().is_relative_to(images.resolve()):
+        raise DataError(
+            f"{what} {place} lies inside the image folder {images}, where its files would count as a class of images; "
+            "name a folder beside it"
+        )
+
+
 def visible(folder: Path) -> list[os.DirEntry[str]]:
     """The entries of a folder, without hidden ones and those of systems."""
     try:

@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from training.settings.config import ConfigError, require
+from transdiff_pipelines.hub_access import check_hub_has
 from transdiff_pipelines.latents import scale_latents, vae_stride
 
 from .errors import DataError
@@ -40,15 +41,14 @@ def load_vae(name: str | None) -> AutoencoderKL:
     repository, _, subfolder = name.rpartition("/")
     is_nested = not Path(name).exists() and repository.count("/") == 1
     try:
+        if not Path(name).exists():
+            check_hub_has(repository if is_nested else name)
         if is_nested:
             return AutoencoderKL.from_pretrained(repository, subfolder=subfolder)
         return AutoencoderKL.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise DataError(
-            f"data.vae {name!r} cannot be loaded: neither a folder with an AutoencoderKL here, nor to be had from the "
-            f"Hub ({reason})"
-        ) from error
+        raise DataError(f"data.vae {name!r} cannot be loaded: {reason}") from error
 
 
 def module_fingerprint(module: nn.Module, config: dict[str, Any]) -> str:

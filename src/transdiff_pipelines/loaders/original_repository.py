@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 
 from ..files import new_folder
+from ..hub_access import check_hub_has
 from ..model_card import CARD_NAME, published_card
 from ..presets import (
     ORIGINAL_FILENAME,
@@ -30,8 +31,10 @@ def download_original(model: str, repo: str = ORIGINAL_REPOSITORY) -> tuple[Path
 
     Raises:
         ValueError: `model` is not a published model.
+        OSError: the repository does not exist, or the Hub cannot be reached.
     """
     folders = published_model(model).folder, ORIGINAL_VAE_FOLDER
+    check_hub_has(repo)
     checkpoint, vae = (Path(hf_hub_download(repo, f"{folder}/{ORIGINAL_FILENAME}")) for folder in folders)
     return checkpoint, vae
 

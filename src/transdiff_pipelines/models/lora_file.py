@@ -4,6 +4,7 @@ A file's tensors are here named as peft names an adapter's: `MODULE.lora_A.weigh
 programs put around that is taken off: the adapter's name, `base_model.model.`, `_orig_mod.` and the like.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -203,6 +204,15 @@ def named_as_peft(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
             "no LoRA: fine-tune and save the model itself for these"
         )
     return named
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any] | None = None) -> str:
+    """16 hexadecimal digits of an adapter's tensors, their names and its configuration: equal if all of these are."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _check_tensor(key: str, tensor: Any) -> None:
