@@ -100,13 +100,14 @@ def test_the_finished_pipeline_holds_averaged_weights_and_what_the_run_recommend
 
 
 def test_mrar_starts_from_a_one_step_pipeline(make_config, capsys: pytest.CaptureFixture[str]) -> None:
-    first = make_config("first", **{"schedule.steps": 1})
+    first = make_config("first", **{"schedule.steps": 1, "model.decoder_patch_size": 2})
     one_step = train(first)
     sizes = dict.fromkeys(one_step.config.model.sizes())
     settings = {f"model.{name}": None for name in sizes} | {"model.patch_size": 2}
     second = make_config("second", **settings, **{"model.start_from": f"{first.output}/pipeline"})
     trainer = Trainer(second)
     assert trainer.module.condition_encoder.num_images == 4
+    assert trainer.module.transformer.config.patch_size == 2
     old = TransDiffPipeline.from_pretrained(f"{first.output}/pipeline").transformer.state_dict()
     assert all(torch.equal(old[name], value) for name, value in trainer.module.transformer.state_dict().items())
     output = capsys.readouterr().out
@@ -120,6 +121,12 @@ def test_mrar_starts_from_a_one_step_pipeline(make_config, capsys: pytest.Captur
                 "third", **settings | {"model.encoder_layers": 7, "model.start_from": f"{first.output}/pipeline"}
             )
         )
+
+
+@pytest.mark.parametrize("side", [0, 3])
+def test_a_token_of_the_decoder_divides_the_latents(make_config, side: int) -> None:
+    with pytest.raises(ConfigError, match=f"model.decoder_patch_size is {side}, and the latents have a side of"):
+        Trainer(make_config("run", **{"model.decoder_patch_size": side}))
 
 
 def test_frozen_networks_stay_as_they_were(make_config) -> None:

@@ -79,6 +79,7 @@ def preset_sizes(name: str) -> dict[str, int]:
         "num_attention_heads": size.num_attention_heads,
         "attention_head_dim": size.attention_head_dim,
         "num_class_tokens": num_class_tokens,
+        "decoder_patch_size": 1,
     }
 
 
@@ -116,8 +117,14 @@ def new_model(
         raise ConfigError(
             f"model.flow_map_layers is {model.flow_map_layers}, but the decoder has {sizes['decoder_layers']} blocks"
         )
+    decoder_patch = sizes.get("decoder_patch_size", 1)
+    if decoder_patch < 1 or side % decoder_patch:
+        raise ConfigError(
+            f"model.decoder_patch_size is {decoder_patch}, and the latents have a side of {side}: set a divisor of it"
+        )
     transformer = TransDiffTransformer2DModel(
         sample_size=side,
+        patch_size=decoder_patch,
         num_layers=sizes["decoder_layers"],
         cross_attention_dim=width,
         num_flow_map_layers=model.flow_map_layers,
@@ -134,6 +141,7 @@ def sizes_of(encoder: ARConditionEncoder, transformer: TransDiffTransformer2DMod
         "num_attention_heads": encoder.config.num_attention_heads,
         "attention_head_dim": encoder.config.attention_head_dim,
         "num_class_tokens": encoder.config.num_class_tokens,
+        "decoder_patch_size": transformer.config.patch_size,
     }
 
 

@@ -50,6 +50,9 @@ class ModelConfig:
     num_attention_heads: int | None = option(None, "heads in both networks")
     attention_head_dim: int | None = option(None, "width of a head; the width of both networks is heads x this")
     num_class_tokens: int | None = option(None, "copies of the class embedding in front of the sequence (paper: 64)")
+    decoder_patch_size: int | None = option(
+        None, "side of the square of latents that is one token of the decoder; null: 1, or that of model.start_from"
+    )
     dropout: float = option(0.1, "on attention probabilities and projections, in training only")
     flow_map_layers: int = option(
         0,
@@ -71,7 +74,7 @@ class ModelConfig:
         require(not (self.preset and self.start_from), "model.preset and model.start_from both give sizes: set one")
         given = [name for name, value in self.sizes().items() if value is not None]
         require(not (self.preset and given), f"model.preset gives the sizes; unset {', '.join(given)}")
-        missing = [name for name, value in self.sizes().items() if value is None]
+        missing = [name for name, value in self.sizes().items() if value is None and name != "decoder_patch_size"]
         complete = self.preset or self.start_from or not missing
         require(bool(complete), f"model needs {', '.join(missing)} (or preset, or start_from)")
 
@@ -82,7 +85,7 @@ class ModelConfig:
 
     def sizes(self) -> dict[str, int | None]:
         names = ("encoder_layers", "decoder_layers", "num_attention_heads", "attention_head_dim", "num_class_tokens")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "decoder_patch_size")}
 
 
 @dataclass
