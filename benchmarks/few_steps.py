@@ -18,14 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.digits.quality import (
-    BATCH_SIZE,
-    balanced_labels,
-    frechet_distance,
-    generate,
-    load_pixels,
-    pooled_pixels,
-)
+from training.digits.quality import balanced_labels, load_pixels, pooled_pixels
+from training.evaluation.quality import BATCH_SIZE, frechet_distance, generate
 from transdiff_pipelines import DIGITS, FlowMatchEulerMaruyamaScheduler, TransDiffPipeline
 from transdiff_pipelines.files import home_path, new_file
 

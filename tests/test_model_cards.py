@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from tiny import tiny_pipeline
 
 from training.digits import quality
+from training.emoji import judge
 from transdiff_pipelines import DIGITS, model_card, write_cards
 from transdiff_pipelines.data import imagenet_id2label
 from transdiff_pipelines.loaders import save_converted
@@ -97,6 +98,29 @@ def test_the_digits_card_takes_settings_and_results_from_the_models_folder(tmp_p
 
 def test_the_digits_card_knows_every_measure_that_is_taken() -> None:
     assert model_card.DIGITS_MEASURES.keys() == quality.MEASURES.keys()
+
+
+def test_the_emoji_card_names_the_artists_and_takes_results_from_the_models_folder(tmp_path: Path) -> None:
+    tiny_pipeline(id2label=dict(enumerate(["ant", "bat", "cat face", "dog face", "eye"]))).save_pretrained(tmp_path)
+    text = model_card.emoji_card(tmp_path)
+    assert "## Results" not in text
+    assert 'pipe("dog face")' in text
+    assert ModelCard(text).data.license == "cc-by-4.0"
+    for author in ("Google", "Twitter", "JoyPixels", "Microsoft"):
+        assert re.search(rf"\| \[.*{author}.* \| (Apache-2.0|CC BY 4.0|MIT) \|", text), author
+    values = dict.fromkeys(model_card.EMOJI_MEASURES, 0.25)
+    result = QUALITY | {"real": values, "mean": values, "spread": dict.fromkeys(values, 0.0)}
+    (tmp_path / model_card.QUALITY_NAME).write_text(json.dumps(result), encoding="utf-8")
+    card = ModelCard(model_card.emoji_card(tmp_path))
+    assert "| recognised as the class asked for, % | 25.00 | 25.00 ± 0.00 |" in card.text
+    assert "`training.emoji.quality` on 1,000 images for each of 2 seeds" in card.text
+    assert {result.metric_type for result in card.data.eval_results} >= {"accuracy", "frechet_distance"}
+    assert model_card.all_cards(DIGITS, tmp_path)["emoji.md"] == model_card.emoji_card(tmp_path)
+    assert "emoji.md" not in model_card.all_cards(DIGITS, tmp_path / "none")
+
+
+def test_the_emoji_card_knows_measures_that_are_taken() -> None:
+    assert model_card.EMOJI_MEASURES.keys() <= judge.MEASURES.keys()
 
 
 def test_the_digits_card_has_results_once_they_are_measured() -> None:

@@ -55,6 +55,30 @@ DIGITS_MEASURES = {  # name in quality.json: type in the metadata, title, factor
     "frechet": ("frechet_distance", "Fréchet distance of pixels (real: of the training images)", 1),
 }
 
+EMOJI_MEASURES = {  # as DIGITS_MEASURES
+    "recognition": ("accuracy", "recognised as the class asked for, %", 100),
+    "of_ceiling": ("accuracy_of_ceiling", "the same, % of what is recognised of held-out drawings", 100),
+    "frechet_held_out": (
+        "frechet_distance",
+        "Fréchet distance of features to held-out drawings (real: of training)",
+        1,
+    ),
+    "feature_variance": ("variance", "variance of features within a class", 1),
+    "nearest": ("nearest_neighbour_distance", "distance to the nearest training drawing", 1),
+    "copies": ("copies", "nearer to a training drawing than 99% of the held-out drawings are, %", 100),
+    "reconstructions": ("reconstructions", "as near to one as its own reconstruction by the VAE, %", 100),
+}
+
+EMOJI_SETS = [  # name, author, licence, address
+    ("Noto Emoji", "Google Inc.", "Apache-2.0", "https://github.com/googlefonts/noto-emoji"),
+    ("Noto Emoji, version 1", "Google Inc.", "Apache-2.0", "https://github.com/googlefonts/noto-emoji"),
+    ("Twemoji (Twitter Emoji)", "Twitter and other contributors", "CC BY 4.0", "https://github.com/jdecked/twemoji"),
+    ("EmojiOne 2.3", "EmojiOne, now JoyPixels", "CC BY 4.0", "https://github.com/EmojiTwo/emojitwo"),
+    ("Fluent Emoji", "Microsoft Corporation", "MIT", "https://github.com/microsoft/fluentui-emoji"),
+    ("Fluent Emoji Flat", "Microsoft Corporation", "MIT", "https://github.com/microsoft/fluentui-emoji"),
+]
+"""Whose drawings the emoji models learned from; CC BY asks for the names."""
+
 
 def published_card(model: PublishedModel) -> str:
     """The card of a published checkpoint, converted to diffusers' format."""
@@ -100,7 +124,7 @@ def digits_card(folder: Path) -> str:
         tags=["digits"],
         license="mit",
         model_name=title if quality else None,
-        eval_results=_digits_results(quality) if quality else None,
+        eval_results=_results(quality, "scikit-learn digits", DIGITS_MEASURES) if quality else None,
     )
     origin = (
         "This small model of handwritten digits comes with the package, for trying things out in seconds and without "
@@ -114,7 +138,47 @@ def digits_card(folder: Path) -> str:
         "Its training images were 8×8 pixels: 32×32 is smooth, not detailed.",
     ]
     sections = [origin, *_saved_facts(folder), usage]
-    sections += [_digits_table(quality)] if quality else []
+    if quality:
+        measured = (
+            f"{_measured('digits', quality)}, at 8×8 pixels, against the {quality['split']} split of the real digits."
+        )
+        sections.append(_results_table(quality, measured, DIGITS_MEASURES))
+    return _card(data, title, *sections, _limits(limits))
+
+
+def emoji_card(folder: Path) -> str:
+    """The card of the bundled emoji model: whose art it learned from, and its results as in `digits_card`."""
+    quality_path = folder / QUALITY_NAME
+    quality = json.loads(quality_path.read_text(encoding="utf-8")) if quality_path.is_file() else None
+    title = "TransDiff emoji, 64×64"
+    data = _metadata(
+        tags=["emoji"],
+        license="cc-by-4.0",
+        model_name=title if quality else None,
+        eval_results=_results(quality, "emoji in six sets", EMOJI_MEASURES) if quality else None,
+    )
+    origin = (
+        "This model draws emoji by name. It was trained on six openly licensed sets of them, each class in six hands "
+        "of which one was held out, with the commands and configurations that the section Emoji of "
+        "`training/README.md` names."
+    )
+    sets = [(f"[{name}]({url})", author, licence) for name, author, licence, url in EMOJI_SETS]
+    attribution = (
+        "## Attribution\n\nThe model learned from drawings of these artists, turned into pictures, and what it draws "
+        "resembles them. Whoever passes on its weights or pictures names them, as CC BY asks. None of them endorses "
+        "the model.\n\n" + _table(("set", "author", "licence"), sets)
+    )
+    limits = [
+        "Six drawings of a class are few, and much of what it draws is memory of them.",
+        "It knows the names in its configuration, on white, and nothing else.",
+    ]
+    sections = [origin, *_saved_facts(folder), _usage('"FOLDER"', _first_name(folder)), attribution]
+    if quality:
+        measured = (
+            f"{_measured('emoji', quality)}, by the features of a network that was trained on the training drawings, "
+            f"against the {quality['split']} split of the drawings."
+        )
+        sections.append(_results_table(quality, measured, EMOJI_MEASURES))
     return _card(data, title, *sections, _limits(limits))
 
 
@@ -181,10 +245,11 @@ def adapter_card(
     )
 
 
-def all_cards(digits: Path) -> dict[str, str]:
-    """File name to text of every card that the command writes; `digits` is the bundled model's folder."""
+def all_cards(digits: Path, emoji: Path | None = None) -> dict[str, str]:
+    """File name to text of every card that the command writes, from the bundled models' folders, where they exist."""
     cards = {f"{model.folder}.md": published_card(model) for model in PUBLISHED.values()}
-    return cards | {"digits.md": digits_card(digits)}
+    cards["digits.md"] = digits_card(digits)
+    return cards | ({"emoji.md": emoji_card(emoji)} if emoji is not None and emoji.is_dir() else {})
 
 
 def _metadata(tags: Sequence[str] = (), **entries: Any) -> ModelCardData:
@@ -312,36 +377,47 @@ def _published_table(model: PublishedModel) -> str:
     return f"## Results\n\n{text}\n\n{_table(('', 'with guidance', 'without'), kept)}{note}"
 
 
-def _digits_results(quality: Mapping[str, Any]) -> list[EvalResult]:
+def _results(quality: Mapping[str, Any], dataset: str, measures: Mapping[str, Any]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=TASK,
-            dataset_type="scikit-learn-digits",
-            dataset_name="scikit-learn digits",
+            dataset_type=dataset.replace(" ", "-"),
+            dataset_name=dataset,
             dataset_split=quality["split"],
             metric_type=kind,
             metric_name=title,
             metric_value=round(quality["mean"][name] * factor, 4),
             verified=False,
         )
-        for name, (kind, title, factor) in DIGITS_MEASURES.items()
+        for name, (kind, title, factor) in measures.items()
+        if name in quality["mean"]
     ]
 
 
-def _digits_table(quality: Mapping[str, Any]) -> str:
+def _measured(recipe: str, quality: Mapping[str, Any]) -> str:
+    count, seeds = quality["num_images"], len(quality["runs"])
+    return f"Measured with `training.{recipe}.quality` on {count:,} images for each of {seeds} seeds"
+
+
+def _results_table(quality: Mapping[str, Any], measured: str, measures: Mapping[str, Any]) -> str:
     rows = [
         (
             title,
             f"{quality['real'][name] * factor:.2f}",
             f"{quality['mean'][name] * factor:.2f} ± {quality['spread'][name] * factor:.2f}",
         )
-        for name, (_, title, factor) in DIGITS_MEASURES.items()
+        for name, (_, title, factor) in measures.items()
+        if name in quality["mean"]
     ]
-    return (
-        f"## Results\n\nMeasured with `training.digits.quality` on {quality['num_images']:,} images for each of "
-        f"{len(quality['runs'])} seeds, at 8×8 pixels, against the {quality['split']} split of the real digits.\n\n"
-        + _table(("", "real", "generated"), rows)
-    )
+    return f"## Results\n\n{measured}\n\n" + _table(("", "real", "generated"), rows)
+
+
+def _first_name(folder: Path) -> int | str:
+    """A label of a saved pipeline, for an example: a dog where there is one."""
+    index = folder / "model_index.json"
+    names = json.loads(index.read_text(encoding="utf-8")).get("id2label") if index.is_file() else None
+    known = list((names or {}).values())
+    return "dog face" if "dog face" in known or not known else known[0]
 
 
 def _saved_facts(folder: Path) -> list[str]:

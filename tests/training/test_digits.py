@@ -15,6 +15,12 @@ from training.data.splits import SPLITS, split_indices
 from training.digits import quality
 from training.digits import train_vae as train_digits_vae
 from training.digits.export import block_means, export, main
+from training.evaluation.quality import (
+    frechet_distance,
+    nearest_neighbour_distance,
+    summarise,
+    within_class_variance,
+)
 from training.model.autoencoder import VAESettings, VAETrainer, build_vae, reconstruct, to_tensor
 from transdiff_pipelines import (
     ARConditionEncoder,
@@ -109,29 +115,29 @@ def test_pooled_pixels_are_block_means_in_0_to_16() -> None:
 def test_frechet_distance_laws(pixels: tuple[np.ndarray, np.ndarray]) -> None:
     features = pixels[0]
     shift = np.linspace(-1, 1, 64)
-    assert quality.frechet_distance(features, features) == pytest.approx(0, abs=1e-3)
-    assert quality.frechet_distance(features + shift, features) == pytest.approx(np.square(shift).sum(), rel=1e-3)
+    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-3)
+    assert frechet_distance(features + shift, features) == pytest.approx(np.square(shift).sum(), rel=1e-3)
     # Equal means and S' = 4 S: tr(S + 4 S - 2 * 2 S) = tr(S).
     spread = features.mean(axis=0) + 2 * (features - features.mean(axis=0))
-    assert quality.frechet_distance(spread, features) == pytest.approx(features.var(axis=0, ddof=1).sum(), rel=1e-3)
+    assert frechet_distance(spread, features) == pytest.approx(features.var(axis=0, ddof=1).sum(), rel=1e-3)
     half, other = features[::2], features[1::2]
-    assert quality.frechet_distance(half, other) == pytest.approx(quality.frechet_distance(other, half), rel=1e-4)
+    assert frechet_distance(half, other) == pytest.approx(frechet_distance(other, half), rel=1e-4)
 
 
 def test_nearest_neighbour_distance_laws(pixels: tuple[np.ndarray, np.ndarray]) -> None:
     features = pixels[0]
-    assert quality.nearest_neighbour_distance(features, features).max() == 0
+    assert nearest_neighbour_distance(features, features).max() == 0
     far = np.full((1, 64), 100.0)
     expected = np.linalg.norm(features - far, axis=1).min()
-    np.testing.assert_allclose(quality.nearest_neighbour_distance(far, features), [expected])
+    np.testing.assert_allclose(nearest_neighbour_distance(far, features), [expected])
 
 
 def test_within_class_variance_ignores_what_separates_classes() -> None:
     random = np.random.default_rng(0)
     labels = quality.balanced_labels(4000)
     noise = random.normal(size=(4000, 64))
-    assert quality.within_class_variance(noise + 50 * labels[:, None], labels) == pytest.approx(64, rel=0.02)
-    assert quality.within_class_variance(np.zeros((4000, 64)) + labels[:, None], labels) == 0
+    assert within_class_variance(noise + 50 * labels[:, None], labels) == pytest.approx(64, rel=0.02)
+    assert within_class_variance(np.zeros((4000, 64)) + labels[:, None], labels) == 0
 
 
 def test_real_digits_are_recognised_and_shuffled_labels_are_not(digits: Path) -> None:
@@ -159,9 +165,9 @@ def test_balanced_labels() -> None:
 
 
 def test_summary_over_seeds() -> None:
-    mean, spread = quality.summarise([{"recognition": 1.0}, {"recognition": 3.0}])
+    mean, spread = summarise([{"recognition": 1.0}, {"recognition": 3.0}])
     assert (mean["recognition"], spread["recognition"]) == (2.0, pytest.approx(np.sqrt(2)))
-    assert quality.summarise([{"recognition": 1.0}])[1] == {"recognition": 0.0}
+    assert summarise([{"recognition": 1.0}])[1] == {"recognition": 0.0}
 
 
 def test_vae_script_saves_a_loadable_autoencoder(digits: Path, tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from tiny import seeded, tiny_encoder, tiny_pipeline
 
 from training import evaluate
 from training.digits.export import main as export_digits
-from training.digits.quality import frechet_distance, pooled_pixels
+from training.digits.quality import pooled_pixels
+from training.evaluation.quality import frechet_distance, frechet_error
 from training.experiments import ar_steps, digits, diversity, fewer_tokens, fusion, sequence_length, tables, variations
-from training.experiments.common import frechet_error, picture
+from training.experiments.common import picture
 from transdiff_pipelines.presets import PUBLISHED
 
 

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from training.data.splits import SPLITS
-from training.digits.quality import Reference, load_split, pooled_pixels, recognition, summarise
+from training.digits.quality import Reference, load_split, pooled_pixels, recognition
+from training.evaluation.quality import summarise
 from transdiff_pipelines import TransDiffImg2ImgPipeline, TransDiffInpaintPipeline, TransDiffPipeline
 from transdiff_pipelines.files import check_folder_writable, check_writable, home_path, new_file
 

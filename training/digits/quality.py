@@ -13,34 +13,40 @@ form in which the data were published:
 """
 
 import argparse
-import json
 import os
 import shlex
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from scipy.spatial.distance import cdist
 from sklearn.svm import SVC
 
 from training.data.splits import SPLITS
 from training.digits.export import DATA_MAXIMUM, block_means
+from training.evaluation.quality import (
+    Measure,
+    add_options,
+    frechet_distance,
+    load_pipeline,
+    markdown_table,
+    measure_seeds,
+    nearest_neighbour_distance,
+    within_class_variance,
+    write_json,
+)
 from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.files import check_writable, home_path, new_file
 
 
 NUM_CLASSES = 10
-BATCH_SIZE = 250
-MEASURES = {  # name in the result: title, unit it is printed in, decimals
-    "recognition": ("recognised, %", 100, 2),
-    "nearest": ("distance to the nearest training image", 1, 3),
-    "copies": ("closer to one than 99% of the real split, %", 100, 2),
-    "variance": ("variance within a class", 1, 1),
-    "frechet": ("Fréchet distance of pixels to the real split (real: of the training split)", 1, 2),
+MEASURES = {
+    "recognition": Measure("recognised, %", 100, 2),
+    "nearest": Measure("distance to the nearest training image", 1, 3),
+    "copies": Measure("closer to one than 99% of the real split, %", 100, 2),
+    "variance": Measure("variance within a class", 1, 1),
+    "frechet": Measure("Fréchet distance of pixels to the real split (real: of the training split)", 1, 2),
 }
 
 
@@ -75,30 +81,6 @@ def fit_recogniser(pixels: np.ndarray, labels: np.ndarray) -> SVC:
 def recognition(recogniser: SVC, pixels: np.ndarray, labels: np.ndarray) -> float:
     """Share of images in [0, 1] recognised as the digit they should show."""
     return float(recogniser.score(pixels, labels))
-
-
-def nearest_neighbour_distance(pixels: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Euclidean distance `(N,)` of each row of `pixels` `(N, 64)` to its nearest row of `reference` `(M, 64)`."""
-    return cdist(pixels, reference).min(axis=1)
-
-
-def within_class_variance(pixels: np.ndarray, labels: np.ndarray) -> float:
-    """Total variance of the pixels `(N, 64)` of a class, averaged over the classes present."""
-    return float(np.mean([pixels[labels == label].var(axis=0, ddof=1).sum() for label in np.unique(labels)]))
-
-
-def frechet_distance(pixels: np.ndarray, reference: np.ndarray) -> float:
-    """Squared Frechet distance between Gaussians fitted to `(N, D)` and `(M, D)` features (the formula of the FID).
-
-    `|mean - mean'|^2 + tr(S + S' - 2 (S S')^(1/2))`. The eigenvalues of `S S'` are those of the symmetric
-    `R S' R`, where `R` is the square root of `S`; so no general matrix root is needed.
-    """
-    covariance, reference_covariance = np.cov(pixels, rowvar=False), np.cov(reference, rowvar=False)
-    values, vectors = np.linalg.eigh(covariance)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    eigenvalues = np.linalg.eigvalsh(root @ reference_covariance @ root).clip(min=0)
-    shift = np.square(pixels.mean(axis=0) - reference.mean(axis=0)).sum()
-    return float(shift + np.trace(covariance) + np.trace(reference_covariance) - 2 * np.sqrt(eigenvalues).sum())
 
 
 class Reference:
@@ -151,16 +133,6 @@ def balanced_labels(count: int) -> np.ndarray:
     return np.arange(count) % NUM_CLASSES
 
 
-def generate(pipeline: TransDiffPipeline, labels: np.ndarray, seed: int, **settings: Any) -> np.ndarray:
-    """Images `(N, 32, 32, 3)` in [0, 1], one for each label; what `settings` leave out has the pipeline's default."""
-    generator = torch.Generator().manual_seed(seed)
-    batches = [
-        pipeline(class_labels=batch.tolist(), generator=generator, output_type="np", **settings).images
-        for batch in np.array_split(labels, range(BATCH_SIZE, len(labels), BATCH_SIZE))
-    ]
-    return np.concatenate(batches)
-
-
 def save_grid(images: np.ndarray, path: str | os.PathLike, rows: int = 10) -> None:
     """Save the first `rows * 10` images, a column for each digit."""
     images = images[: rows * NUM_CLASSES]
@@ -170,62 +142,15 @@ def save_grid(images: np.ndarray, path: str | os.PathLike, rows: int = 10) -> No
         Image.fromarray(np.round(grid * 255).astype(np.uint8)).save(temporary, format="png")
 
 
-def summarise(runs: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
-    """Mean and sample standard deviation over runs, measure by measure (a single run has spread 0)."""
-    values = {name: [run[name] for run in runs] for name in runs[0]}
-    mean = {name: float(np.mean(value)) for name, value in values.items()}
-    spread = {name: float(np.std(value, ddof=1)) if len(runs) > 1 else 0.0 for name, value in values.items()}
-    return mean, spread
-
-
-def markdown_table(result: dict) -> str:
-    """The result as a Markdown table: real split, generated images with their spread over seeds, and the ratio."""
-    real, mean, spread = result["real"], result["mean"], result["spread"]
-    lines = [f"| measure | real ({result['split']}) | generated | generated / real |", "|---|---|---|---|"]
-    for name, (title, unit, digits) in MEASURES.items():
-        ratio = f"{mean[name] / real[name]:.3f}" if real[name] else "-"
-        lines.append(
-            f"| {title} | {real[name] * unit:.{digits}f} "
-            f"| {mean[name] * unit:.{digits}f} ± {spread[name] * unit:.{digits}f} | {ratio} |"
-        )
-    return "\n".join(lines)
-
-
-def evaluate(pipeline: TransDiffPipeline, options: argparse.Namespace) -> tuple[dict, np.ndarray]:
+def evaluate(pipeline: TransDiffPipeline, options: argparse.Namespace) -> tuple[dict[str, Any], np.ndarray]:
     """Generate and measure once for each seed: the result that is written as JSON, and the first seed's images."""
     reference = Reference(options.data, options.split)
     labels = balanced_labels(options.num_images)
-    chosen = {"guidance_scale": options.guidance_scale, "num_inference_steps": options.num_inference_steps}
-    settings = {name: value for name, value in chosen.items() if value is not None}
-    scales = {name: pipeline.scheduler.config[name] for name in ("drift_scale", "diffusion_scale")}
-    started = time.perf_counter()
-    generated = [generate(pipeline, labels, seed, **settings) for seed in options.seeds]
-    seconds = time.perf_counter() - started
-    runs = [reference.measure(pooled_pixels(images), labels) for images in generated]
-    mean, spread = summarise(runs)
-    result = {
-        "model": str(options.model),
-        "split": options.split,
-        "recogniser_fit_on": list(reference.fit_on),
-        "settings": {"guidance_scale": pipeline.config.guidance_scale, **scales, **settings},
-        "num_images": options.num_images,
-        "seconds_per_image": seconds / (options.num_images * len(options.seeds)),
-        "real": reference.measure_real(),
-        "mean": mean,
-        "spread": spread,
-        "runs": [{"seed": seed, **run} for seed, run in zip(options.seeds, runs, strict=True)],
-    }
-    return result, generated[0]
-
-
-def load_pipeline(options: argparse.Namespace) -> TransDiffPipeline:
-    """The saved pipeline, on a GPU if there is one; scales that the options name replace the scheduler's."""
-    pipeline = TransDiffPipeline.from_pretrained(options.model)
-    chosen = {"drift_scale": options.drift_scale, "diffusion_scale": options.diffusion_scale}
-    scales = {name: value for name, value in chosen.items() if value is not None}
-    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **scales)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    result, images = measure_seeds(
+        pipeline, options, labels, lambda images: reference.measure(pooled_pixels(images), labels)
+    )
+    facts = {"model": str(options.model), "split": options.split, "recogniser_fit_on": list(reference.fit_on)}
+    return {**facts, "real": reference.measure_real(), **result}, images
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -233,15 +158,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a saved TransDiffPipeline")
     parser.add_argument("--data", type=home_path, required=True, help="folder written by training.digits.export")
-    parser.add_argument("--split", choices=SPLITS[1:], default="validation", help="real images to compare with")
     parser.add_argument("--num-images", type=int, default=1000, help="images per seed, a multiple of ten")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--guidance-scale", type=float, help="default: the checkpoint's own")
-    parser.add_argument("--num-inference-steps", type=int, help="default: the pipeline's")
-    parser.add_argument("--drift-scale", type=float, help="default: the checkpoint's own")
-    parser.add_argument("--diffusion-scale", type=float, help="default: the checkpoint's own")
-    parser.add_argument("--output", type=home_path, help="JSON file to write")
-    parser.add_argument("--grid", type=home_path, help="PNG file to write: ten images of each digit")
+    add_options(parser, SPLITS[1:], "ten images of each digit")
     return parser.parse_args(arguments)
 
 
@@ -251,10 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for path in filter(None, (options.output, options.grid)):
         check_writable(path)
     result, images = evaluate(load_pipeline(options), options)
-    print(markdown_table(result))
+    print(markdown_table(result, MEASURES))
     if options.output:
-        with new_file(options.output) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(result, options.output)
     if options.grid:
         save_grid(images, options.grid)
 

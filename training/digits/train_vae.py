@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from training import train_vae
-from training.digits.quality import fit_recogniser, load_split, pooled_pixels, recognition, within_class_variance
+from training.digits.quality import fit_recogniser, load_split, pooled_pixels, recognition
+from training.evaluation.quality import within_class_variance
 
 
 def judge(options: argparse.Namespace) -> train_vae.Judge:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from training.command_line import one_line_errors, positive
 from training.data.errors import DataError
+from training.data.labels import natural_key
 from training.data.splits import SPLITS
 from transdiff_pipelines.files import home_path, new_folder, refuse_existing
 
@@ -156,8 +157,8 @@ def described(name: str, emoji: EmojiSet, split: str, sets: Sequence[EmojiSet]) 
 
 
 def write_tables(folder: Path, names: Sequence[str], pictures: Sequence[Picture]) -> None:
-    """Write classes.txt and sources.csv."""
-    lines = [class_name(name) + "\n" for name in names]
+    """Write classes.txt, in the order of the labels that training gives them, and sources.csv."""
+    lines = [label + "\n" for label in sorted(map(class_name, names), key=natural_key)]
     (folder / "classes.txt").write_text("".join(lines), encoding="utf-8", newline="\n")
     with (folder / "sources.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")

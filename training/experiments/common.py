@@ -13,16 +13,15 @@ from PIL import Image
 
 from training.data.batches import keyed_generator
 from training.digits.quality import Reference as DigitsReference
-from training.digits.quality import frechet_distance, pooled_pixels
+from training.digits.quality import pooled_pixels
 from training.evaluation.features import load_extractor
 from training.evaluation.measure import measure_batches
+from training.evaluation.quality import frechet_error
 from training.evaluation.references import load_reference
 from transdiff_pipelines import DIGITS, TransDiffPipeline
 from transdiff_pipelines.files import check_folder_writable, home_path, new_file
 from transdiff_pipelines.generation import model_source
 
-
-RESAMPLES = 200
 
 # Images `(N, H, W, 3)` in [0, 1] and the labels `(N,)` they should show, to measures.
 Judge = Callable[[np.ndarray, np.ndarray], dict[str, float]]
@@ -74,16 +73,6 @@ def make_judge(options: argparse.Namespace, pipe: TransDiffPipeline) -> Judge:
         return measure_batches(iter(pixels.split(100)), len(pixels), extractor, reference)["metrics"]
 
     return judge
-
-
-def frechet_error(pixels: np.ndarray, reference: np.ndarray) -> float:
-    """Standard error of the Fréchet distance of `(N, D)` to `(M, D)` features, from resamples of the former.
-
-    The chance in the N images drawn is in it; that of the training run and of the real images is not.
-    """
-    random = np.random.default_rng(0)
-    draws = [pixels[random.integers(len(pixels), size=len(pixels))] for _ in range(RESAMPLES)]
-    return float(np.std([frechet_distance(draw, reference) for draw in draws], ddof=1))
 
 
 def named_models(entries: Sequence[str]) -> dict[str, str]:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.digits.quality import load_split, nearest_neighbour_distance, pooled_pixels
+from training.digits.quality import load_split, pooled_pixels
+from training.evaluation.quality import nearest_neighbour_distance
 from training.experiments.common import (
     add_judge_options,
     balanced,
