@@ -13,6 +13,7 @@ from training.data.errors import DataError
 from training.emoji import quality, recogniser
 from training.emoji.judge import MEASURES, Drawings, Judge, pixels
 from training.emoji.recogniser import load_recogniser, new_recogniser, varied_pictures
+from training.experiments import ar_steps, fusion
 
 
 CLASSES = ["bar", "cross", "disc", "flag", "ring"]
@@ -254,3 +255,26 @@ class TestCommand:
     def test_a_model_of_other_classes(self, names: list[str]) -> None:
         with pytest.raises(DataError, match="the model's classes are not those of the drawings"):
             quality.chosen_labels(tiny_pipeline(id2label=dict(enumerate(names))), CLASSES, None, 1)
+
+
+class TestExperiments:
+    def test_they_are_judged_by_emoji_too(self, data, trained, tmp_path) -> None:
+        """Fusion of untrained classes: who is seen is chance, that the squares are named is not."""
+        trained.save(tmp_path / "r.safetensors")
+        model = saved_pipeline(tmp_path / "model", CLASSES)
+        common = [f"--model={model}", f"--output={tmp_path / 'out'}", "--num-inference-steps=1"]
+        judged = [f"--emoji={data}", f"--recogniser={tmp_path / 'r.safetensors'}"]
+        fusion.main([*common, *judged, "--classes", "bar", "disc", "--count=3", "--weights=2", "--rows=1"])
+        squares = json.loads((tmp_path / "out" / "fusion.json").read_text())["recognised"]["squares"]
+        assert [square["fused"] for square in squares] == ["bar + disc", "disc + bar"]
+        assert all(sum(square["seen"].values()) == 3 for square in squares)
+        ar_steps.main([*common, *judged, "--num-images=5"])
+        rows = json.loads((tmp_path / "out" / "ar_steps.json").read_text())["rows"]
+        assert all(row["frechet"] > 0 and row["frechet_error"] > 0 for row in rows)
+
+    @pytest.mark.parametrize("more", [[], ["--recogniser=missing"]])
+    def test_without_a_recogniser(self, data, tmp_path, more: list[str]) -> None:
+        model = saved_pipeline(tmp_path / "model", CLASSES)
+        options = [f"--model={model}", f"--output={tmp_path / 'out'}", f"--emoji={data}", *more]
+        with pytest.raises(SystemExit, match=r"error: .*(needs --recogniser|missing)"):
+            ar_steps.main([*options, "--num-images=5", "--num-inference-steps=1"])

@@ -1,5 +1,6 @@
 """The paper's experiments on tiny models: what each measures, and that each leaves its result and its picture."""
 
+import argparse
 import json
 import math
 import shutil
@@ -115,6 +116,17 @@ class TestDiversity:
         run(*command, "--seed", "1")
         assert [name for _, name in measured] == ["b", "a"]
 
+    def test_what_a_row_was_measured_with_can_be_written(self, tmp_path, monkeypatch):
+        """Folders of real images are paths. Emoji are another judge, and another result."""
+        measured = []
+        monkeypatch.setattr(diversity, "measure_model", lambda *given: measured.append(given) or {"name": "a"})
+        common = {"seed": 0, "num_images": 1, "num_inference_steps": 1, "guidance_scale": None, "extractor": "pixels"}
+        for real in [{"digits": tmp_path}, {"digits": tmp_path}, {"emoji": tmp_path}, {}]:
+            judges = {"digits": None, "emoji": None, "reference": None} | real
+            options = argparse.Namespace(output=tmp_path / "out", **judges, **common)
+            diversity.measure_models(options, {"a": "folder"})
+        assert len(measured) == 3
+
     def test_what_is_no_model_is_said_at_once(self, run, tmp_path):
         with pytest.raises(SystemExit, match="'mrar': expected NAME=FOLDER"):
             run(diversity, "diversity", None, "--models", "mrar")
@@ -167,6 +179,14 @@ class TestCommands:
         labels = np.array([[3, 3], [3, 6], [0, 3], [6, 6]])
         shares = fusion.recognised_shares([(3, 3), (3, 6), (6, 3), (6, 6)], labels)
         assert shares == {"row": 0.25, "column": 0.5, "other": 0.25}
+
+    def test_both_fused_classes_may_be_the_two_highest(self):
+        seen = np.array([[[3, 3]] * 2, [[3, 6], [6, 3]], [[6, 0], [3, 6]]])
+        rows = fusion.in_words([(3, 3), (3, 6), (6, 3)], seen, {3: "dog face", 6: "hot dog"})
+        assert rows == [
+            {"fused": "dog face + hot dog", "both_are_highest": 1, "seen": {"dog face": 1, "hot dog": 1}},
+            {"fused": "hot dog + dog face", "both_are_highest": 0.5, "seen": {"hot dog": 1, "dog face": 1}},
+        ]
 
     def test_variations_of_pictures(self, run, tmp_path):
         files = [tmp_path / "a.png", tmp_path / "b.png"]

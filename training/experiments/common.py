@@ -12,8 +12,11 @@ import torch
 from PIL import Image
 
 from training.data.batches import keyed_generator
+from training.data.errors import DataError
 from training.digits.quality import Reference as DigitsReference
 from training.digits.quality import pooled_pixels
+from training.emoji.judge import Judge as EmojiJudge
+from training.emoji.recogniser import load_recogniser
 from training.evaluation.features import load_extractor
 from training.evaluation.measure import measure_batches
 from training.evaluation.quality import frechet_error
@@ -42,9 +45,7 @@ def add_judge_options(arguments: argparse.ArgumentParser) -> None:
     """Options for experiments that measure quality."""
     arguments.add_argument("--num-images", type=int, default=1000)
     arguments.add_argument("--batch-size", type=int, default=250)
-    arguments.add_argument(
-        "--digits", type=home_path, help="digits data (training.digits.export): judge by its measures"
-    )
+    add_recogniser_options(arguments, "judge by its measures")
     arguments.add_argument(
         "--reference", type=os.path.expanduser, help="else: real images or statistics, as for training.evaluate"
     )
@@ -52,8 +53,34 @@ def add_judge_options(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("--extractor-weights", type=home_path)
 
 
+def add_recogniser_options(arguments: argparse.ArgumentParser, what: str) -> None:
+    """Real images that a recogniser is or was trained on; `what` says what is done with it."""
+    arguments.add_argument("--digits", type=home_path, help=f"digits data (training.digits.export): {what}")
+    arguments.add_argument("--emoji", type=home_path, help=f"emoji data (training.emoji.render): {what}")
+    arguments.add_argument(
+        "--recogniser", type=home_path, help="of the emoji: the file that training.emoji.quality leaves"
+    )
+
+
+def emoji_judge(options: argparse.Namespace) -> EmojiJudge:
+    """The judge of emoji by their held-out test drawings.
+
+    Raises:
+        SystemExit: its recogniser is not named, or is none of these drawings.
+    """
+    if options.recogniser is None:
+        raise SystemExit("error: --emoji needs --recogniser: the file that training.emoji.quality leaves")
+    try:
+        return EmojiJudge(options.emoji, "test", load_recogniser(options.recogniser))
+    except (DataError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
 def make_judge(options: argparse.Namespace, pipe: TransDiffPipeline) -> Judge:
-    """Measures on digits, with the standard error of their Fréchet distance, or those of `training.evaluate`."""
+    """Measures on digits or emoji, with the standard error of a Fréchet distance, or those of `training.evaluate`.
+
+    That of emoji is to the held-out drawings.
+    """
     if options.digits:
         digits = DigitsReference(options.digits, "test")
 
@@ -62,6 +89,14 @@ def make_judge(options: argparse.Namespace, pipe: TransDiffPipeline) -> Judge:
             return digits.measure(pixels, labels) | {"frechet_error": frechet_error(pixels, digits.pixels)}
 
         return judge_digits
+    if options.emoji:
+        emoji = emoji_judge(options)
+
+        def judge_emoji(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+            measured = emoji.measure(images, labels)
+            return {name.replace("frechet_held_out", "frechet"): value for name, value in measured.items()}
+
+        return judge_emoji
     extractor = load_extractor(options.extractor, options.extractor_weights, pipe._execution_device)
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
     reference = None

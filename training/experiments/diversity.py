@@ -6,8 +6,8 @@
 measures the models given, or the checkpoints that a training run has kept: the cosine similarity between the condition
 tokens of an image, as its root mean square (the paper's measure: smaller is more diverse) and as its mean. The tokens
 are taken before the second position embedding. With MRAR they are those of the last image, whose references are
-generated. With `--digits` or `--reference` the quality stands beside it, with Spearman's rank correlation of the two
-over the models, if there are five or more. Writes diversity.json and diversity.png.
+generated. With `--digits`, `--emoji` or `--reference` the quality stands beside it, with Spearman's rank correlation
+of the two over the models, if there are five or more. Writes diversity.json and diversity.png.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def measure_model(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Similarity of the condition tokens, and the quality where a judge is given."""
     pipe = load(options)
     labels = balanced(options.num_images, pipe.condition_encoder.config.num_classes)
-    judged = bool(options.digits or options.reference)
+    judged = bool(options.digits or options.emoji or options.reference)
     needs_images = judged or pipe.condition_encoder.num_images > 1
     similarities, images = [], []
     for indices in np.array_split(np.arange(len(labels)), -(-len(labels) // options.batch_size)):
@@ -93,9 +93,11 @@ def measure_model(options: argparse.Namespace, name: str) -> dict[str, Any]:
 def measure_models(options: argparse.Namespace, models: dict[str, str]) -> list[dict[str, Any]]:
     """A row for each model, from its name and folder; one measured earlier with the same options is taken as it is."""
     shared = ("seed", "num_images", "num_inference_steps", "guidance_scale", "digits", "reference", "extractor")
+    settings = {option: getattr(options, option) for option in shared}
+    settings |= {name: str(getattr(options, name)) for name in ("digits", "emoji") if getattr(options, name)}
     rows = []
     for name, folder in models.items():
-        made_with = {"model": folder, **{option: getattr(options, option) for option in shared}}
+        made_with = {"model": folder, **settings}
         file = options.output / "models" / f"{name}.json"
         earlier = json.loads(file.read_text()) if file.exists() else {}
         if earlier.get("made_with") != made_with:
@@ -148,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_judge_options(options_parser)
     options = options_parser.parse_args(arguments)
     models = named_models(options.models or []) if options.run is None else checkpoints_of(options.run)
-    quality = "frechet" if options.digits else "fid"
+    quality = "frechet" if options.digits or options.emoji else "fid"
     rows = measure_models(options, models)
     result: dict[str, Any] = {"num_images": options.num_images, "rows": rows}
     if len(rows) >= FEWEST_RANKED and all(quality in row for row in rows):

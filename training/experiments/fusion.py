@@ -4,21 +4,32 @@
 
 writes fusion.png, a matrix: the first half of the condition tokens from the row's class, the second from the
 column's; and fusion_strip.png, the interpolation between the first two classes, a row for each seed. With MRAR the
-condition of every image of the sequence is blended. fusion.json has the settings. With `--digits` it also has what a
-recogniser trained on real digits sees in each square of the matrix, over `--count` images.
+condition of every image of the sequence is blended. fusion.json has the settings. With `--digits` or `--emoji` it also
+has what a recogniser trained on real images sees in each square of the matrix, over `--count` images: the highest
+class, and how often the two classes that were fused are the two highest.
 """
 
+import argparse
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from training.digits.quality import Reference, pooled_pixels
-from training.experiments.common import call_settings, facts, generators, load, parser, picture, write
+from training.experiments.common import (
+    add_recogniser_options,
+    call_settings,
+    emoji_judge,
+    facts,
+    generators,
+    load,
+    parser,
+    picture,
+    write,
+)
 from transdiff_pipelines import TransDiffPipeline, blend_conditions
-from transdiff_pipelines.files import home_path
 from transdiff_pipelines.pipelines.condition_blending import PATTERNS
 
 
@@ -45,6 +56,37 @@ def recognised_shares(pairs: Sequence[tuple[Any, Any]], labels: np.ndarray) -> d
     return {name: seen[name] / max(seen.total(), 1) for name in ("row", "column", "other")}
 
 
+def recogniser(options: argparse.Namespace) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Images `(n, H, W, 3)` in [0, 1] to the two highest classes `(n, 2)` of each; None without real images."""
+    if options.digits:
+        machine = Reference(options.digits, "test").recogniser
+
+        def of_digits(images: np.ndarray) -> np.ndarray:
+            rows = pooled_pixels(images)
+            highest = machine.predict(rows)
+            scores = machine.decision_function(rows)
+            scores[np.arange(len(rows)), highest] = -np.inf  # it breaks ties in its own way
+            return np.stack([highest, scores.argmax(1)], axis=1)
+
+        return of_digits
+    if options.emoji:
+        judge = emoji_judge(options)
+        return lambda images: np.argsort(-judge.recogniser.judge(images)[1], axis=1)[:, :2]
+    return None
+
+
+def in_words(pairs: Sequence[tuple[int, int]], seen: np.ndarray, names: Mapping[int, str]) -> list[dict[str, Any]]:
+    """What was seen in each square off the diagonal, from the two highest classes `(pairs, n, 2)`."""
+    rows = []
+    for pair, highest in zip(pairs, seen, strict=True):
+        if pair[0] != pair[1]:
+            counts = Counter(names.get(label, str(label)) for label in highest[:, 0].tolist())
+            both = float(np.mean([set(two) == set(pair) for two in highest.tolist()]))
+            fused = " + ".join(names.get(label, str(label)) for label in pair)
+            rows.append({"fused": fused, "both_are_highest": both, "seen": dict(counts.most_common(3))})
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     options_parser = parser(__doc__)
@@ -52,12 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options_parser.add_argument("--pattern", choices=PATTERNS, default="halves")
     options_parser.add_argument("--weights", type=int, default=9, help="points of the interpolation")
     options_parser.add_argument("--rows", type=int, default=4, help="seeds of the interpolation")
-    options_parser.add_argument(
-        "--digits", type=home_path, help="digits data (training.digits.export): also recognise the images"
-    )
+    add_recogniser_options(options_parser, "also recognise the images")
     options_parser.add_argument("--count", type=int, default=50, help="images of a square that are recognised")
     options = options_parser.parse_args(arguments)
     pipe = load(options)
+    recognise = recogniser(options)
     classes = [int(name) if name.isdigit() else name for name in options.classes]
     settings = call_settings(options)
 
@@ -75,14 +116,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in range(options.rows)
     ]
     result = facts(options, pipe) | {"classes": classes, "pattern": options.pattern, "interpolation": shares}
-    if options.digits:
-        recogniser = Reference(options.digits, "test").recogniser
-        pairs = [(row, column) for row in classes for column in classes]
-        made = [pooled_pixels(fused(pair, options.pattern, options.seed, options.count)) for pair in pairs]
-        labels = np.stack([recogniser.predict(pixels) for pixels in made])
+    if recognise is not None:
+        ids = [name if isinstance(name, int) else pipe.get_label_ids(name)[0] for name in classes]
+        pairs = [(row, column) for row in ids for column in ids]
+        seen = np.stack([recognise(fused(pair, options.pattern, options.seed, options.count)) for pair in pairs])
+        names = {int(label): name for label, name in (pipe.config.id2label or {}).items()}
         result["recognised"] = {
             "images_in_a_square": options.count,
-            "fused": recognised_shares(pairs, labels),
+            "fused": recognised_shares(pairs, seen[..., 0]),
+            "squares": in_words(pairs, seen, names),
         }
         print(result["recognised"]["fused"])
     write(options.output, "fusion_strip", result, picture(strip))

@@ -48,8 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options_parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER")
     add_judge_options(options_parser)
     options = options_parser.parse_args(arguments)
-    if not (options.digits or options.reference):
-        options_parser.error("pass --digits or --reference: without real images there is no quality to measure")
+    if not (options.digits or options.emoji or options.reference):
+        options_parser.error(
+            "pass --digits, --emoji or --reference: without real images there is no quality to measure"
+        )
     rows = measure_models(options, named_models(options.models))
     write(options.output, "sequence_length", {"num_images": options.num_images, "rows": rows})
     plot(rows, options.output / "sequence_length.png")
