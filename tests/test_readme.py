@@ -6,9 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from tiny import tiny_pipeline
 
 from benchmarks import model_sizes
 from docs.run_page import python_blocks, run_page
+from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.data import imagenet_id2label
 from transdiff_pipelines.pipelines.class_labels import ClassNames
 
@@ -29,6 +31,16 @@ def test_python_blocks_run(page, tmp_path):
     assert any(tmp_path.iterdir())
     drawn = {Path(link).name for link in links(ROOT / page) if link.startswith("images/tour/")}
     assert drawn <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.slow
+def test_the_tour_fits_models_of_other_sizes(tmp_path, monkeypatch):
+    """As the page says: only the folder changes. Here a model of 8 pixels takes the place of one of 32."""
+    pipe = tiny_pipeline()
+    pipe.resize_class_embeddings([str(digit) for digit in range(10)])
+    monkeypatch.setattr(TransDiffPipeline, "from_pretrained", lambda _: pipe)
+    run_page(ROOT / "docs/tour.md", tmp_path)
+    assert pipe.image_side == 8
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
