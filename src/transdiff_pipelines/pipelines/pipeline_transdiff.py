@@ -7,6 +7,7 @@ Shapes: B images asked for, N images in an AR sequence (1 for 1-step AR), C late
 M condition tokens, D condition width.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -261,25 +262,7 @@ class TransDiffPipeline(
             ValueError, TypeError: an argument is wrong; the message names it and the remedy.
         """
         check_no_others(self.__call__, others)
-        settings = self.check_inputs(
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            num_images_per_label=num_images_per_label,
-            sigmas=sigmas,
-            guidance_interval=guidance_interval,
-            attention_kwargs=attention_kwargs,
-            timesteps=timesteps,
-            reference_images=reference_images,
-            num_ar_steps=num_ar_steps,
-            condition_embeds=condition_embeds,
-            negative_condition_embeds=negative_condition_embeds,
-        )
+        settings = self.check_inputs(**self._arguments_to_check(locals()))
         with self._begin_call(settings) as call:
             source = self._condition_source(settings, condition_embeds, negative_condition_embeds)
             # All images of the sequence start from the same noise: only their condition and their steps' noise differ.
@@ -302,6 +285,10 @@ class TransDiffPipeline(
         if not return_dict:
             return (images,) if intermediates is None else (images, intermediates)
         return TransDiffPipelineOutput(images=images, intermediates=intermediates)
+
+    def _arguments_to_check(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a call's `locals()`, the arguments that `check_inputs` takes: every pipeline's call has most of them."""
+        return {name: given[name] for name in inspect.signature(self.check_inputs).parameters if name in given}
 
     def check_inputs(
         self,
