@@ -1,7 +1,7 @@
 """Packaging of transdiff_pipelines.
 
 The ranges are as wide as was tried: `make test-versions` runs the tests with the lower ends and with the newest
-releases (README has the table), `constraints.txt` is between. The upper ends are the next major versions. diffusers
+releases (CONTRIBUTING has the table), `constraints.txt` is between. The upper ends are the next major versions. diffusers
 has none, because what a release of it may move is guarded (`diffusers_internals.py`).
 """
 

@@ -1,8 +1,8 @@
 """What diffusers does not promise to keep: used at one place, there today, and refused clearly once it is gone.
 
 When a test of this file fails after a new diffusers, look up in its sources where the name went. If there is a public
-one by now, use that; else make `diffusers_internal` look in both places. Then widen `TESTED_DIFFUSERS` and README's
-table of versions.
+one by now, use that; else make `diffusers_internal` look in both places. Then widen `TESTED_DIFFUSERS` and the
+table of versions in CONTRIBUTING.md.
 """
 
 import ast

@@ -1,12 +1,18 @@
 """The Python of README and of the pages is run as it stands, in order, on the bundled model; links lead on."""
 
+import ast
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from tiny import tiny_pipeline
 
+from benchmarks import model_sizes
 from docs.run_page import python_blocks, run_page
+from transdiff_pipelines import TransDiffPipeline
+from transdiff_pipelines.data import imagenet_id2label
+from transdiff_pipelines.pipelines.class_labels import ClassNames
 
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +33,44 @@ def test_python_blocks_run(page, tmp_path):
     assert drawn <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
+def test_the_tour_fits_models_of_other_sizes(tmp_path, monkeypatch):
+    """As the page says: only the folder changes. Here a model of 8 pixels takes the place of one of 32."""
+    pipe = tiny_pipeline()
+    pipe.resize_class_embeddings([str(digit) for digit in range(10)])
+    monkeypatch.setattr(TransDiffPipeline, "from_pretrained", lambda _: pipe)
+    run_page(ROOT / "docs/tour.md", tmp_path)
+    assert pipe.image_side == 8
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_linked_files_exist(page):
     assert [link for link in links(page) if not (page.parent / link).exists()] == []
+
+
+def test_the_table_of_the_published_models_is_what_its_command_prints():
+    assert model_sizes.table() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_labels_of_published_models_are_names_of_imagenet():
+    """Blocks marked `py` need weights that are not here, so that of these only names and syntax are looked at."""
+    blocks = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert blocks
+    names = ClassNames(imagenet_id2label())
+    for block in blocks:
+        calls = [
+            node for node in ast.walk(ast.parse(block)) if getattr(getattr(node, "func", None), "id", "") == "pipe"
+        ]
+        labels = [node.value for call in calls for node in ast.walk(call.args[0]) if isinstance(node, ast.Constant)]
+        assert labels
+        assert all(isinstance(label, int) or names.id_of(label) >= 0 for label in labels)
+
+
+def test_pages_name_configurations_and_modules_that_exist():
+    for page in [*PAGES, *(ROOT / name for name in ("training/README.md", "benchmarks/README.md", "CONTRIBUTING.md"))]:
+        text = page.read_text(encoding="utf-8")
+        for module in re.findall(r"-m ((?:training|benchmarks)[\w.]*)", text):
+            place = ROOT / module.replace(".", "/")
+            assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), f"{page.name}: {module}"
+        for config in re.findall(r"training/configs/\w+\.yaml", text):
+            assert (ROOT / config).is_file(), f"{page.name}: {config}"

@@ -380,7 +380,7 @@ def write_index(writer: ShardWriter, settings: dict[str, Any]) -> None:
 
 
 def report(cache: LatentCache, from_scratch: bool = True) -> str:
-    """A few lines about a finished cache; advice on the VAE's scaling factor for a model that starts from scratch."""
+    """A few lines about a finished cache; for a model that starts from scratch, what its VAE should scale by."""
     index = json.loads((cache.folder / "index.json").read_text(encoding="utf-8"))
     skipped, mean, std = index["skipped"], index["latent_mean"], index["latent_std"]
     size = sum(shard["bytes"] for shard in index["shards"])
@@ -389,13 +389,14 @@ def report(cache: LatentCache, from_scratch: bool = True) -> str:
         f"{len(cache)} images of {cache.num_classes} classes in {cache.folder}, {cache.num_views} view(s) each, "
         f"{size / len(cache):,.0f} bytes per image",
         f"latents {cache.latent_shape}: std {std:.4f}, mean {mean:.4f}; as trained on, with the VAE's scaling factor "
-        f"{cache.scaling_factor:.4f} and shift factor {cache.shift_factor:.4f}: std {scaled[0]:.4f}, mean {scaled[1]:.4f}",
+        f"{cache.scaling_factor:.4f} and shift factor {cache.shift_factor:.4f}: std {scaled[0]:.4f}, mean "
+        f"{scaled[1]:.4f}",
     ]
-    if from_scratch:
+    if from_scratch and abs(scaled[0] - 1) > 0.1:
         lines.append(
-            f"A model that learns from scratch wants about std 1 and mean 0. A scaling_factor of {1 / std:.4f} in the VAE's "
-            "config.json would give std 1; set it before caching. If model.start_from is to name a pipeline, leave it "
-            "as it is, because the pipeline's weights know these latents."
+            f"A model that learns from scratch wants about std 1 and mean 0. A scaling_factor of {1 / std:.4f} in the "
+            "VAE's config.json would give std 1; set it before caching. If model.start_from is to name a pipeline, "
+            "leave it as it is, because the pipeline's weights know these latents."
         )
     lines += without_images(cache.labels, cache.classes)
     if skipped:

@@ -25,7 +25,7 @@ from training.command_line import positive
 from training.data.errors import DataError
 from training.distributed.processes import process_state
 from training.evaluation.features import Extractor, ExtractorError, load_extractor, try_extractor
-from training.evaluation.measure import TITLES, measure
+from training.evaluation.measure import TITLES, measure, not_computed
 from training.evaluation.references import Reference, ReferenceImagesError, check_fits, load_reference
 from training.evaluation.report import write_report
 from training.evaluation.sampling import (
@@ -77,7 +77,8 @@ def load_measures(pipe: TransDiffPipeline, options: argparse.Namespace, device: 
     """The extractor and the reference that the options name.
 
     Raises:
-        ExtractorError, ReferenceImagesError: one cannot be used, or the two do not fit together.
+        ExtractorError, ReferenceImagesError: one cannot be used, the two do not fit together, or what a search maps
+            cannot be computed with them.
     """
     if options.extractor is None:
         if options.reference is not None:
@@ -85,16 +86,27 @@ def load_measures(pipe: TransDiffPipeline, options: argparse.Namespace, device: 
                 f"reference {options.reference} was given, but no extractor of features to compare: add --extractor "
                 "torch-fidelity (Inception-v3), or another of --help"
             )
+        if options.search:
+            raise ExtractorError(
+                f"--search draws a map of --metric {options.metric}, but no extractor of features was chosen: add "
+                "--extractor torch-fidelity (Inception-v3), or another of --help"
+            )
         return Measures()
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
     with torch.no_grad():
         extractor = load_extractor(options.extractor, options.extractor_weights, device)
         features = try_extractor(options.extractor, extractor, side)
-        if options.reference is None:
-            return Measures(extractor)
-        cache = options.reference_cache
-        reference = load_reference(options.reference, extractor, options.extractor, side, cache)
-        check_fits(reference, options.reference, features, options.extractor)
+        reference = None
+        if options.reference is not None:
+            cache = options.reference_cache
+            reference = load_reference(options.reference, extractor, options.extractor, side, cache)
+            check_fits(reference, options.reference, features, options.extractor)
+    reason = not_computed(features, reference, options.num_images).get(options.metric)
+    if options.search and reason is not None:
+        raise ExtractorError(
+            f"--search draws a map of --metric {options.metric}, which cannot be computed: {reason}; choose another "
+            "--metric, or give what it needs"
+        )
     return Measures(extractor, reference)
 
 
@@ -235,7 +247,7 @@ def search(pipe: TransDiffPipeline, options: argparse.Namespace, measures: Measu
     rows = [{"sampling": result["sampling"], "metrics": result["metrics"]} for result in results if result]
     with new_file(options.output / "search.json") as temporary:
         temporary.write_text(json.dumps({"axes": axes, "results": rows}, indent=2) + "\n")
-    if options.metric in rows[0]["metrics"]:
+    if rows:
         plot_search(axes, rows, options.metric, options.output / "search.png")
     return rows
 

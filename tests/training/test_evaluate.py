@@ -552,6 +552,15 @@ class TestCommand:
             (["--num-images", "13"], "multiple of"),
             (["--search", "drift_scale=0.9,-1", "--extractor", "small"], "drift_scale is -1.0"),
             (["--search", "guidance_scale=1,nan"], "nan"),
+            (["--search", "guidance_scale=1,2"], "--metric fid, but no extractor"),
+            (
+                ["--search", "guidance_scale=1,2", "--extractor", "small"],
+                "fid, which cannot be .* no reference was given",
+            ),
+            (
+                ["--search", "guidance_scale=1,2", "--extractor", "pixels", "--metric", "inception_score"],
+                "probabilities",
+            ),
             (["--extractor", "small", "--reference", "{real}", "--reference-cache", "{file}"], "is a file"),
         ],
     )

@@ -13,7 +13,7 @@ from training import split_images, train_vae
 from training.cache_latents import cache_latents
 from training.data.errors import DataError
 from training.data.splits import SPLITS
-from training.settings.config import DataConfig, ModelConfig, TrainConfig
+from training.settings.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig
 from training.trainer import Trainer
 
 
@@ -61,9 +61,9 @@ def test_nothing_is_written_among_the_images(images: Path, tmp_path: Path, monke
     data = DataConfig(images=str(images), vae="checkpoints/missing", cache=str(place))
     with pytest.raises(DataError, match="data.cache .* lies inside the image folder"):
         cache_latents(data)
-    model = ModelConfig(preset="B")
+    model, elsewhere = ModelConfig(preset="B"), replace(data, cache=str(tmp_path / "cache"))
     with pytest.raises(DataError, match="output .* lies inside the image folder"):
-        Trainer(TrainConfig(output=str(place), model=model, data=replace(data, cache=str(tmp_path / "cache"))))
+        Trainer(TrainConfig(output=str(place), model=model, data=elsewhere, schedule=ScheduleConfig(steps=1)))
     assert files(images) == before
 
 

@@ -11,10 +11,12 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from torch.nn import functional as F
 
 from ..latents import draw_noise, noise_latents, renoise_latents
+from .call_state import CallState
 from .checks import CallSettings, check_count, check_present, check_strength
 from .conditions import LabelCondition
+from .denoising import StepCallback
 from .image_inputs import check_images, check_masks, common_batch_size, is_latents
-from .pipeline_transdiff import CallState, StepCallback, TransDiffPipeline
+from .pipeline_transdiff import TransDiffPipeline
 
 
 References = Literal["generated", "edited", "image"]

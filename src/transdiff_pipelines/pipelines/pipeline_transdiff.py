@@ -1,16 +1,14 @@
 """From class labels to images: 1-step AR and Multi-Reference Autoregression (MRAR) in one loop.
 
 A call is checked (`check_inputs`), gets its state (`CallState`), and then goes through the images of the AR sequence
-(`_make_sequence`): each is conditioned on those before (`conditions.py`) and denoised (`denoise`).
+(`_make_sequence`): each is conditioned on those before (`conditions.py`) and denoised (`denoising.py`).
 
 Shapes: B images asked for, N images in an AR sequence (1 for 1-step AR), C latent channels, s latent side,
 M condition tokens, D condition width.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -23,7 +21,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..latents import NUM_TRAIN_TIMESTEPS, draw_noise, scale_latents, unscale_latents, vae_stride
+from ..latents import NUM_TRAIN_TIMESTEPS, vae_stride
 from ..loaders.hub import TransDiffHubMixin
 from ..loaders.lora import TransDiffLoraLoaderMixin
 from ..loaders.single_file import TransDiffSingleFileMixin
@@ -32,14 +30,12 @@ from ..models.alignment import align_weights
 from ..models.attention import check_attention_kwargs
 from ..models.key_value_cache import KeyValueCache
 from ..presets import DEFAULT_NUM_INFERENCE_STEPS
+from .call_state import CallState
 from .checks import (
-    SCHEDULERS_READING_SIGMAS,
     CallSettings,
     check_components,
     check_count,
-    check_generator,
     check_guidance_interval,
-    check_latents,
     check_output,
     check_present,
     check_scheduler,
@@ -53,25 +49,16 @@ from .class_labels import ClassLabels, parse_class_labels
 from .class_set import ClassSetMixin
 from .conditions import (
     BoundEncoder,
-    Condition,
     ConditionEmbeds,
     GivenCondition,
     LabelCondition,
     check_sequence_arguments,
-    conditional_half,
 )
+from .denoising import DenoisingMixin, StepCallback
 from .habits import check_no_others
-from .hooks import check_cache, has_hooked_parts, hooks_freed, state_held_by
-from .overlapping_calls import admitted
-from .reference_images import ReferenceImages, load_references
-from .vae import decode, encode_to_mode, vae_config
-
-
-# A σ of the grid may miss a bound of the interval by this much, because the grid is float32.
-SIGMA_TOLERANCE = 1e-5
-
-# Called with the index of a step, its timestep and the tensors of the loop; returns replacements for these.
-StepCallback = Callable[[int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+from .image_latents import ImageLatentsMixin
+from .reference_images import ReferenceImages
+from .vae import vae_config
 
 
 @dataclass
@@ -88,47 +75,14 @@ class TransDiffPipelineOutput(ImagePipelineOutput):
     intermediates: list[list[Image.Image] | np.ndarray | torch.Tensor] | None = None
 
 
-@dataclass
-class CallState:
-    """What a call changes while it runs; its callback sees it as properties of the pipeline.
-
-    Attributes:
-        scheduler: the one that this call steps.
-        guidance_scale: that of the image being made. A callback may change it, for this image and for those after
-            it that were given the same scale.
-        num_timesteps: denoising steps of the whole call, as far as known.
-        steps_taken: those of the images that are finished.
-        images_left: images still to be made, the one being made counted.
-        current_timestep, current_ar_step: where the call is; None outside its loops.
-        interrupt: whether the call shall end with what is there.
-    """
-
-    scheduler: SchedulerMixin
-    attention_kwargs: dict[str, Any] | None = None
-    guidance_scale: float = 1.0
-    num_timesteps: int = 0
-    steps_taken: int = 0
-    images_left: int = 1
-    current_timestep: torch.Tensor | None = None
-    current_ar_step: int | None = None
-    interrupt: bool = False
-
-
-# The calls that run in this thread, by the id of their pipeline. There may be several, because a callback may call
-# another pipeline.
-_CALLS: ContextVar[Mapping[int, CallState]] = ContextVar("transdiff_calls")
-
-
-def _of_call(name: str) -> property:
-    """A part of the call's state that callbacks may set."""
-    return property(
-        lambda pipe: getattr(pipe._call, name),
-        lambda pipe, value: setattr(pipe._call, name, value),
-    )
-
-
 class TransDiffPipeline(
-    TransDiffLoraLoaderMixin, TransDiffSingleFileMixin, TransDiffHubMixin, ClassSetMixin, DiffusionPipeline
+    TransDiffLoraLoaderMixin,
+    TransDiffSingleFileMixin,
+    TransDiffHubMixin,
+    ClassSetMixin,
+    ImageLatentsMixin,
+    DenoisingMixin,
+    DiffusionPipeline,
 ):
     """Class-conditional image generation with TransDiff (arXiv 2506.09482).
 
@@ -182,9 +136,6 @@ class TransDiffPipeline(
 
         self.vae_scale_factor = vae_stride(vae_config(vae))
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-
-        # The call that began last. Outside of a call the properties below show it, as those of diffusers' pipelines
-        # do, and another thread ends it by setting `_interrupt`.
         self._last_call = CallState(scheduler)
 
     @classmethod
@@ -198,62 +149,6 @@ class TransDiffPipeline(
             # An encoder that another pipeline had brings its own names and settings; those of `pipeline` are of its.
             passed = {"id2label": None, "guidance_scale": None, "num_inference_steps": None} | passed
         return super().from_pipe(pipeline, **passed)
-
-    @property
-    def _call(self) -> CallState:
-        """The state of the call that runs in this thread, or else of the last one."""
-        return _CALLS.get({}).get(id(self), self._last_call)
-
-    _guidance_scale = _of_call("guidance_scale")
-    _interrupt = _of_call("interrupt")
-
-    @property
-    def scheduler(self) -> SchedulerMixin:
-        """The scheduler; for the callback of a call the one that it steps, a copy if other calls run meanwhile."""
-        call = _CALLS.get({}).get(id(self))
-        return self.__dict__["scheduler"] if call is None else call.scheduler
-
-    @scheduler.setter
-    def scheduler(self, scheduler: SchedulerMixin) -> None:
-        self.__dict__["scheduler"] = scheduler
-
-    @property
-    def guidance_scale(self) -> float:
-        """Guidance of the image being made."""
-        return self._call.guidance_scale
-
-    @property
-    def attention_kwargs(self) -> dict[str, Any] | None:
-        """What the running call hands to the models' `attention_kwargs`."""
-        return self._call.attention_kwargs
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the image being made needs the unconditional branch."""
-        return self._call.guidance_scale != 1.0
-
-    @property
-    def num_timesteps(self) -> int:
-        """Denoising steps of the whole call, over all images of the sequence: callbacks count up to it.
-
-        Where an edit takes fewer steps for its last image, that is known when the last image begins.
-        """
-        return self._call.num_timesteps
-
-    @property
-    def current_timestep(self) -> torch.Tensor | None:
-        """Timestep of the step being taken; None outside the loop."""
-        return self._call.current_timestep
-
-    @property
-    def current_ar_step(self) -> int | None:
-        """Which image of the AR sequence is being made, 0..N-1; None outside the loop."""
-        return self._call.current_ar_step
-
-    @property
-    def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` in a callback to end the call with what is there."""
-        return self._call.interrupt
 
     @property
     def recommended_num_inference_steps(self) -> int:
@@ -307,201 +202,6 @@ class TransDiffPipeline(
         device, dtype = self._execution_device, self.transformer.dtype
         width = self.transformer.config.cross_attention_dim
         return BoundEncoder(self.condition_encoder, device, dtype, width, self.attention_kwargs)
-
-    def prepare_latents(
-        self,
-        batch_size: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Initial noise `(B, C, s, s)` in float32, drawn or taken from `latents` (of unit variance).
-
-        Raises:
-            TypeError, ValueError: the generator or the latents are not of that batch.
-        """
-        shape = self.latents_shape(batch_size)
-        check_latents(latents, shape)
-        check_generator(generator, batch_size)
-        device = self._execution_device
-        if latents is None:
-            latents = draw_noise(shape, generator, device, torch.float32)
-        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
-
-    @property
-    def image_side(self) -> int:
-        """Height and width, in pixels, of the images that this model makes and edits."""
-        return self.transformer.config.sample_size * self.vae_scale_factor
-
-    @property
-    def _images_in_sequence(self) -> int:
-        """N; without an encoder the only condition there can be is of one image."""
-        return 1 if self.condition_encoder is None else self.condition_encoder.num_images
-
-    def latents_shape(self, batch_size: int) -> tuple[int, ...]:
-        """`(B, C, s, s)` of the latents of so many images."""
-        config = self.transformer.config
-        return (batch_size, config.in_channels, config.sample_size, config.sample_size)
-
-    def denoise(
-        self,
-        latents: torch.Tensor,
-        condition: torch.Tensor,
-        num_inference_steps: int,
-        sigmas: Sequence[float] | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        on_step_end: StepCallback | None = None,
-        steps: range | None = None,
-    ) -> torch.Tensor:
-        """Noise `(B, C, s, s)` to clean latents: one run of the scheduler.
-
-        Args:
-            condition: `(B, M, D)`, or, for guidance, `(2 B, M, D)` with the unconditional branch first.
-            on_step_end: called after each step with its index in the scheduler's timesteps, its timestep and the
-                tensors of the loop; may return replacements for these.
-            steps: the part of 0..num_inference_steps - 1 to take; `latents` have the σ of its first. All by default.
-        """
-        call = self._call
-        steps = range(num_inference_steps) if steps is None else steps
-        timesteps = self._set_timesteps(num_inference_steps, sigmas, first_step=steps.start)
-        # A scheduler of higher order has several timesteps a step.
-        indices = range(len(timesteps))[steps.start * self.scheduler.order : steps.stop * self.scheduler.order]
-        call.num_timesteps = call.steps_taken + len(indices) * call.images_left
-        guided_steps = self._guided_steps(timesteps, guidance_interval)
-        check_cache(self.transformer, guided_steps)
-        projected = self._project_condition(condition)
-        # A sampler of flow maps says where each of its calls goes.
-        next_timesteps = getattr(self.scheduler, "next_timesteps", None)
-        step_kwargs: dict[str, Any] = {}
-        if "generator" in inspect.signature(self.scheduler.step).parameters:
-            step_kwargs["generator"] = generator
-
-        with self.progress_bar(total=len(steps)) as progress:
-            # In a sequence only the bar of the images stays on the screen; the bar of an image's steps goes with it.
-            progress.leave = self._images_in_sequence == 1
-            for i in indices:
-                if call.interrupt:
-                    break
-                if i == indices[0] or guided_steps[i] != guided_steps[i - 1]:
-                    # An approximating cache holds features of the image before, or, where guidance begins or ends,
-                    # of a batch of another size: it must not hand them out for this step.
-                    self.transformer._reset_stateful_cache()
-                call.current_timestep = timestep = timesteps[i]
-                next_timestep = None if next_timesteps is None else next_timesteps[i]
-                velocity = self._predict_velocity(latents, timestep, projected, guided_steps[i], next_timestep)
-                latents = self.scheduler.step(velocity, timestep, latents, **step_kwargs, return_dict=False)[0]
-                if on_step_end is not None:
-                    replaced = on_step_end(i, timestep, {"latents": latents, "condition": condition})
-                    latents = replaced.get("latents", latents).to(latents.dtype)
-                    if "condition" in replaced:
-                        condition = replaced["condition"]
-                        projected = self._project_condition(condition)
-                if i == indices[-1] or (i + 1) % self.scheduler.order == 0:
-                    progress.update()
-        call.steps_taken += len(indices)
-        return latents
-
-    def _project_condition(self, condition: torch.Tensor) -> Condition:
-        """The condition as the transformer's cross-attention wants it: computed once, used at every step.
-
-        Its keys and values, unless the transformer's blocks carry hooks: a cache may run a part of the batch, and
-        offloading has no weights on the device outside the blocks' own calls.
-        """
-        if has_hooked_parts(self.transformer):
-            return condition
-        return self.transformer.project_condition(condition, attention_kwargs=self.attention_kwargs)
-
-    def _predict_velocity(
-        self,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
-        condition: Condition,
-        guided: bool,
-        next_timestep: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Guided velocity `(B, C, s, s)`, of a flow map that to the next timestep, in the dtype of the latents."""
-        model_input = latents
-        if hasattr(self.scheduler, "scale_model_input"):
-            model_input = self.scheduler.scale_model_input(model_input, timestep)
-        if guided:
-            model_input = torch.cat([model_input, model_input])
-        else:
-            condition = conditional_half(condition, latents.shape[0])
-        if isinstance(condition, torch.Tensor):
-            timestep = timestep.expand(model_input.shape[0])  # FasterCache halves every tensor
-        # The next time stays one for the batch: FasterCache does not know it, and leaves it as it is.
-        going = {} if next_timestep is None else {"next_timestep": next_timestep}
-        with self.transformer.cache_context("denoise"):
-            velocity = self.transformer(
-                hidden_states=model_input.to(self.transformer.dtype),
-                timestep=timestep,
-                encoder_hidden_states=condition,
-                attention_kwargs=self.attention_kwargs,
-                return_dict=False,
-                **going,
-            )[0].to(latents.dtype)
-        if guided:
-            unconditional, conditional = velocity.chunk(2)
-            velocity = unconditional + self.guidance_scale * (conditional - unconditional)
-        return velocity
-
-    def _guided_steps(self, timesteps: torch.Tensor, interval: tuple[float, float] | None) -> list[bool]:
-        """Which steps need the unconditional branch: those whose σ lies in the interval, or all, or none."""
-        if interval is None or not self.do_classifier_free_guidance:
-            return [self.do_classifier_free_guidance] * len(timesteps)  # reads no σ from the device
-        # The σ are not computed from the timesteps, because some schedulers round these.
-        low, high = interval[0] - SIGMA_TOLERANCE, interval[1] + SIGMA_TOLERANCE
-        return [low <= sigma <= high for sigma in self.scheduler.sigmas[: len(timesteps)].tolist()]
-
-    def _set_timesteps(
-        self, num_inference_steps: int, sigmas: Sequence[float] | None, first_step: int = 0
-    ) -> torch.Tensor:
-        """Start the scheduler afresh: history and step index of the image before must not leak into this one."""
-        device = self._execution_device
-        if sigmas is None:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-        else:
-            self.scheduler.set_timesteps(sigmas=np.asarray(sigmas, dtype=np.float32), device=device)
-        if type(self.scheduler).__name__ in SCHEDULERS_READING_SIGMAS:
-            self.scheduler.sigmas = self.scheduler.sigmas.cpu()
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(first_step * self.scheduler.order)
-        return self.scheduler.timesteps
-
-    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels `(B, 3, H, W)` in [0, 1] to scaled latents `(B, C, s, s)` in float32.
-
-        The posterior's mode, not a sample as in diffusers' own pipelines: it takes no random numbers, so a seed keeps
-        its noise, and what an edit knows stays as near to the image as the VAE can.
-        """
-        check_present(vae=self.vae)
-        latents = encode_to_mode(self.vae, (2 * pixels - 1).to(self._execution_device))
-        expected = self.latents_shape(len(pixels))
-        if tuple(latents.shape) != expected:
-            raise ValueError(
-                f"{type(self.vae).__name__} encodes images of {pixels.shape[-1]} pixels to {tuple(latents.shape)}, "
-                f"and the model takes {expected}; use the VAE the model was trained with, or pass scaled latents"
-            )
-        return scale_latents(latents, vae_config(self.vae))
-
-    def encode_references(self, reference_images: ReferenceImages, num_labels: int, num_ar_steps: int) -> torch.Tensor:
-        """Scaled latents `(B, n, C, s, s)` of the images that start the AR sequences of B labels.
-
-        See `reference_images.load_references` for what they may be, and for errors.
-        """
-        shape = self.latents_shape(1)[1:]
-        side = None if self.vae is None else self.image_side
-        images = load_references(reference_images, num_labels, num_ar_steps, shape, side)
-        latents = [image if image.shape == shape else self.encode_image(image[None])[0] for image in images]
-        return torch.stack(latents).to(self._execution_device, torch.float32).unflatten(0, (num_labels, -1))
-
-    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
-        """Scaled latents `(B, C, s, s)` to images of the `output_type`; "latent" gives them back as they are."""
-        if output_type == "latent":
-            return latents
-        check_present(vae=self.vae)
-        images = decode(self.vae, unscale_latents(latents, vae_config(self.vae)))
-        return self.image_processor.postprocess(images, output_type=output_type)
 
     @torch.no_grad()
     def __call__(
@@ -562,25 +262,7 @@ class TransDiffPipeline(
             ValueError, TypeError: an argument is wrong; the message names it and the remedy.
         """
         check_no_others(self.__call__, others)
-        settings = self.check_inputs(
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            num_images_per_label=num_images_per_label,
-            sigmas=sigmas,
-            guidance_interval=guidance_interval,
-            attention_kwargs=attention_kwargs,
-            timesteps=timesteps,
-            reference_images=reference_images,
-            num_ar_steps=num_ar_steps,
-            condition_embeds=condition_embeds,
-            negative_condition_embeds=negative_condition_embeds,
-        )
+        settings = self.check_inputs(**self._arguments_to_check(locals()))
         with self._begin_call(settings) as call:
             source = self._condition_source(settings, condition_embeds, negative_condition_embeds)
             # All images of the sequence start from the same noise: only their condition and their steps' noise differ.
@@ -603,6 +285,10 @@ class TransDiffPipeline(
         if not return_dict:
             return (images,) if intermediates is None else (images, intermediates)
         return TransDiffPipelineOutput(images=images, intermediates=intermediates)
+
+    def _arguments_to_check(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a call's `locals()`, the arguments that `check_inputs` takes: every pipeline's call has most of them."""
+        return {name: given[name] for name in inspect.signature(self.check_inputs).parameters if name in given}
 
     def check_inputs(
         self,
@@ -682,25 +368,6 @@ class TransDiffPipeline(
         # Anything may have been put into the place of a component since the pipeline was made.
         check_components(self.condition_encoder, self.transformer, self.vae)
         check_scheduler(self.scheduler, self.transformer)
-
-    @contextmanager
-    def _begin_call(self, settings: CallSettings) -> Iterator[CallState]:
-        """The state of a call, its own for as long as it runs; at its end offloaded weights are given back.
-
-        Raises:
-            RuntimeError: it overlaps with a call that it cannot share the models with.
-        """
-        models = [model for model in (self.condition_encoder, self.transformer, self.vae) if model is not None]
-        held = state_held_by(models, settings.attention_kwargs)
-        with admitted(models, self.scheduler, held) as scheduler, hooks_freed(self):
-            call = self._last_call = CallState(scheduler, settings.attention_kwargs)
-            token = _CALLS.set({**_CALLS.get({}), id(self): call})
-            try:
-                yield call
-            finally:
-                _CALLS.reset(token)
-                # What is not reset here can be read when the call has ended.
-                call.current_ar_step = call.current_timestep = call.attention_kwargs = None
 
     def _condition_source(
         self,

@@ -67,21 +67,7 @@ class TransDiffImg2ImgPipeline(TransDiffEditingPipeline):
         The other arguments are those of `TransDiffPipeline.__call__`.
         """
         check_no_others(self.__call__, others)
-        settings = self.check_inputs(
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            num_images_per_label=num_images_per_label,
-            sigmas=sigmas,
-            guidance_interval=guidance_interval,
-            attention_kwargs=attention_kwargs,
-            timesteps=timesteps,
-        )
+        settings = self.check_inputs(**self._arguments_to_check(locals()))
         inputs = self._check_edit(settings, image, strength, references)
         images = self._edit(settings, inputs, references)
         return TransDiffPipelineOutput(images=images) if return_dict else (images,)
