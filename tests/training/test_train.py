@@ -256,6 +256,18 @@ def test_the_last_k_checkpoints_are_kept(make_config) -> None:
     assert [path.name for path in checkpoint_folders(Path(config.output))] == ["step-00000004", "step-00000005"]
 
 
+def test_the_files_of_a_run_have_the_rights_of_any_other_file(make_config, tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    config = make_config()
+    train(config)
+    saved = [path for path in Path(config.output).rglob("*") if path.is_file()]
+    assert {"model.safetensors", "ema.safetensors", "random_states_0.pkl"} <= {path.name for path in saved}
+    shards = list(Path(config.data.cache).glob("*.safetensors"))
+    assert shards
+    usual = (tmp_path / "plain").stat().st_mode
+    assert [path for path in saved + shards if path.stat().st_mode != usual] == []
+
+
 def test_what_resume_means(make_config, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     assert find_checkpoints(empty, "auto") == []

@@ -25,8 +25,6 @@ def bundle(model: str | Path, output: Path) -> None:
         entries = json.loads(config.read_text(encoding="utf-8"))
         entries.pop("_name_or_path", None)  # names a folder of the machine that it was trained on
         config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for file in partial.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)  # weights are saved with permissions for their owner alone
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
 
