@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -16,7 +16,6 @@ import psutil
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from rounding import CURVE, assert_trained_alike
 from safetensors.torch import load_file
@@ -26,12 +25,6 @@ from training.outputs.checkpoints import CheckpointError, checkpoint_folders
 from training.settings.config import TrainConfig, load_config, to_dict
 from training.train import main
 from training.trainer import Trainer
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state()
 
 
 # --- SIGKILL ---
