@@ -140,7 +140,7 @@ def reader_may_leave() -> Iterator[None]:
     """
     streams = sys.stdout, sys.stderr  # None where it was closed from the start
     guarded = [stream and _Stream(stream) for stream in streams]
-    sys.stdout, sys.stderr = guarded  # type: ignore[assignment]
+    sys.stdout, sys.stderr = guarded
     try:
         yield
     finally:
