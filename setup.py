@@ -1,8 +1,8 @@
 """Packaging of transdiff_pipelines.
 
 The ranges are as wide as was tried: `make test-versions` runs the tests with the lower ends and with the newest
-releases (CONTRIBUTING has the table), `constraints.txt` is between. The upper ends are the next major versions. diffusers
-has none, because what a release of it may move is guarded (`diffusers_internals.py`).
+releases (CONTRIBUTING has the table), `constraints.txt` is between. The upper ends are the next major versions.
+diffusers has none, because what a release of it may move is guarded (`diffusers_internals.py`).
 """
 
 import re
