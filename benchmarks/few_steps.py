@@ -23,6 +23,7 @@ from training.digits.quality import balanced_labels, load_pixels, pooled_pixels
 from training.evaluation.quality import BATCH_SIZE, frechet_distance, generate
 from transdiff_pipelines import DIGITS, FlowMatchEulerMaruyamaScheduler, TransDiffPipeline
 from transdiff_pipelines.files import home_path, new_file
+from transdiff_pipelines.generation import without_loading_bars
 
 from .common.known_flows import fitted_order, gaussian_errors, mixture_error, model_calls
 from .common.machine import describe
@@ -157,7 +158,8 @@ def digits_settings(options: argparse.Namespace) -> list[tuple[Sampler, int]]:
 
 def digits(options: argparse.Namespace) -> dict[str, Any]:
     """Quality of every setting, on the bundled model."""
-    pipeline = TransDiffPipeline.from_pretrained(options.model)
+    with without_loading_bars():
+        pipeline = TransDiffPipeline.from_pretrained(options.model)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     config = dict(pipeline.scheduler.config)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from command import assert_one_line_error, run
 from diffusers import ModelMixin
+from pictures import size_of
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_pipeline, tiny_transformer
@@ -50,7 +51,7 @@ def pixels(path: str) -> np.ndarray:
 def test_generate_writes_a_row_for_each_label_and_says_how(model: str) -> None:
     result = generate(model, 4, "goldfish", "--count", 3, "--output", "out.png", "--seed", 7)
     assert result.exit_code == 0, result.output
-    assert Image.open("out.png").size == (3 * IMAGE_SIDE, 2 * IMAGE_SIDE)
+    assert size_of("out.png") == (3 * IMAGE_SIDE, 2 * IMAGE_SIDE)
     assert result.stdout.startswith("out.png: 6 images in ")
     for setting in ("seeds 7 to 12", "guidance 1.3", "drift scale 0.9", "2 steps", "float32 on cpu"):
         assert setting in result.stdout
@@ -421,7 +422,7 @@ def test_interrupted_single_files_are_whole(model: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(Image.Image, "save", interrupted_at_the_third)
     assert generate(model, 0, "-n", 4, "--no-grid").exit_code == 130
     assert sorted(path.name for path in Path().iterdir()) == ["transdiff-0-0.png", "transdiff-0-1.png"]
-    assert {Image.open(path).size for path in Path().iterdir()} == {(IMAGE_SIDE, IMAGE_SIDE)}
+    assert {size_of(path) for path in Path().iterdir()} == {(IMAGE_SIDE, IMAGE_SIDE)}
 
 
 def test_convert_stores_what_the_converter_returns() -> None:

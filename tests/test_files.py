@@ -1,11 +1,16 @@
 """Files and folders that appear whole or not at all."""
 
+import os
+
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from transdiff_pipelines.files import (
     check_folder_writable,
     home_path,
     new_file,
+    new_files,
     new_folder,
     pipeline_folder,
     refuse_existing,
@@ -69,6 +74,37 @@ class TestNewFolder:
             with pytest.raises(FileExistsError), new_folder(taken):
                 pytest.fail("the block must not run")
         assert [file.name for file in path.iterdir()] == ["weights"]
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+@pytest.mark.usefixtures("umask")
+class TestPermissions:
+    """safetensors makes its files for their owner alone; here they are as any other."""
+
+    @pytest.mark.parametrize("new", ["file", "folder", "files"])
+    def test_are_those_of_any_new_file(self, tmp_path, new):
+        def save(path):
+            path.parent.mkdir(exist_ok=True)
+            save_file({"weight": torch.ones(2)}, path)
+            assert path.stat().st_mode & 0o777 == 0o600  # if this fails, safetensors has changed, and none is needed
+
+        path = tmp_path / "model" / "part" / "weights"
+        if new == "file":
+            with new_file(path) as temporary:
+                save(temporary)
+        else:
+            with {"folder": new_folder, "files": new_files}[new](tmp_path / "model") as folder:
+                save(folder / "part" / "weights")
+        assert path.stat().st_mode & 0o777 == 0o640
+        assert path.parent.stat().st_mode & 0o777 == 0o750
+        assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["model", "part", "weights"]
 
 
 class TestCheckFolderWritable:

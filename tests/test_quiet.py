@@ -1,11 +1,14 @@
 """An import and each subcommand that succeeds leave stderr empty, each tried in a process of its own."""
 
+import json
 import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from PIL import Image
 from tiny import tiny_pipeline
 
 import transdiff_pipelines
@@ -61,6 +64,45 @@ def test_commands(arguments: list, model: Path, tmp_path: Path) -> None:
     folder = ROOT if arguments[0] in ("train", "evaluate") else tmp_path
     said = stderr_of("-m", "transdiff_cli", *filled, folder=folder)
     assert [line for line in said.splitlines() if not line.startswith(SLOW_HALF_PRECISION)] == []
+
+
+OWN_BARS = ("encoding: ", "training: ", "sampling: ", "features: ")  # what a command shows of its progress
+
+
+def test_training_commands(model: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images" / "noise"
+    images.mkdir(parents=True)
+    for number in range(4):
+        Image.effect_noise((8, 8), 60).convert("RGB").save(images / f"{number}.png")
+    config = {
+        "output": str(tmp_path / "run"),
+        "model": {"encoder_layers": 1, "decoder_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+        | {"num_class_tokens": 2},
+        "data": {
+            "images": str(images.parent),
+            "vae": str(model / "vae"),
+            "cache": str(tmp_path / "cache"),
+            "image_size": 8,
+            "batch_size": 2,
+        },
+        "schedule": {"steps": 2},
+        "preview": {"every": None},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    trained = ["--config", tmp_path / "config.yaml"]
+    measured = ["--extractor", "pixels", "--num-images", "2", "--num-inference-steps", "1"]
+    commands = [
+        ["training.cache_latents", *trained],
+        ["training.train", *trained],
+        ["training.evaluate", "--model", tmp_path / "run", *measured, "--output", tmp_path / "evaluation"],
+    ]
+    # One process for all: its imports take longer than the commands.
+    script = (
+        "import json, runpy, sys\n"
+        "for sys.argv in json.loads(sys.argv[1]): runpy.run_module(sys.argv[0], run_name='__main__')"
+    )
+    said = stderr_of("-c", script, json.dumps(commands, default=str)).replace("\r", "\n").splitlines()
+    assert [line for line in said if line and not line.startswith(OWN_BARS)] == []
 
 
 # Each as upstream wrote it with the versions of constraints.txt, the paths shortened.

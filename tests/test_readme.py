@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from tiny import tiny_pipeline
 
+import transdiff_pipelines
 from benchmarks import model_sizes
 from docs.run_page import python_blocks, run_page
-from transdiff_pipelines import TransDiffPipeline
+from transdiff_pipelines import DIGITS, TransDiffPipeline
 from transdiff_pipelines.data import imagenet_id2label
 from transdiff_pipelines.pipelines.class_labels import ClassNames
 
@@ -23,8 +24,23 @@ def links(page):
     return [link for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")) if "://" not in link]
 
 
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory):
+    """The bundled model with one layer of each network left: shapes, classes and settings are the same."""
+    pipe = TransDiffPipeline.from_pretrained(DIGITS)
+    networks = {name: getattr(pipe, name) for name in ("condition_encoder", "transformer")}
+    pipe.register_modules(
+        **{name: type(model).from_config(model.config, num_layers=1) for name, model in networks.items()}
+    )
+    folder = tmp_path_factory.mktemp("shallow")
+    pipe.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/diffusers.md", "docs/tour.md"])
-def test_python_blocks_run(page, tmp_path):
+def test_python_blocks_run(page, tmp_path, shallow, monkeypatch):
+    if page == "docs/tour.md":  # which draws hundreds of images, and nobody looks at them here
+        monkeypatch.setattr(transdiff_pipelines, "DIGITS", shallow)
     if "torchao" in "".join(python_blocks(ROOT / page)) and find_spec("torchao") is None:
         pytest.skip("torchao is missing: make test-quantization")
     run_page(ROOT / page, tmp_path)

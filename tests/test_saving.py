@@ -1,11 +1,12 @@
 """Saving: what a folder or repository has is loaded as what was seen, and nothing is half there."""
 
 import json
-import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from tiny import seeded, tiny_pipeline
 
@@ -116,10 +117,25 @@ class TestOlderForms:
             pipe.save_pretrained(tmp_path, safe_serialization=False)
         assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
 
-    def test_the_folder_has_the_rights_that_others_have(self, tmp_path):
+    @pytest.mark.parametrize("what", ["pipeline", "model", "model, pushed", "lora"])
+    def test_folders_and_files_have_the_rights_that_others_have(self, what, tmp_path, monkeypatch):
         (tmp_path / "plain").mkdir()
-        tiny_pipeline().save_pretrained(tmp_path / "saved")
-        assert os.stat(tmp_path / "saved/transformer").st_mode == os.stat(tmp_path / "plain").st_mode
+        (tmp_path / "plain" / "file").touch()
+        pipe, saved = tiny_pipeline(), tmp_path / "saved"
+        if what == "pipeline":
+            pipe.save_pretrained(saved)
+        elif what == "lora":
+            pipe.save_lora_weights(saved, transformer_lora_layers=with_lora(pipe).transformer)
+        else:
+            hub = {"create_repo": SimpleNamespace(repo_id="you/model"), "load_or_create_model_card": ModelCard("")}
+            for name, answer in hub.items():
+                monkeypatch.setattr(f"diffusers.models.modeling_utils.{name}", lambda *_, answer=answer, **__: answer)
+            monkeypatch.setattr(pipe.transformer, "_upload_folder", lambda *_, **__: None)
+            pipe.transformer.save_pretrained(saved, push_to_hub="pushed" in what)
+        assert any(name.endswith(".safetensors") for name in files(saved))
+        for path in saved.rglob("*"):
+            usual = tmp_path / "plain" if path.is_dir() else tmp_path / "plain" / "file"
+            assert path.stat().st_mode == usual.stat().st_mode, path
 
     def test_a_repository_too(self, tmp_path, monkeypatch):
         """What is uploaded takes the place of weights that the repository has in another form."""

@@ -17,19 +17,19 @@ from transdiff_cli.common import reader_may_leave
 def one_line_errors(program: str, *kinds: type[Exception]) -> Iterator[None]:
     """Print an error of the user's settings, data or disk as one line, and exit with 2; let others through.
 
-    A reader of the output that leaves, as in `| head -1`, is no error.
+    A reader of the output that leaves, as in `| head -1`, is no error, and ends no work.
 
     Args:
         program: how the line begins.
         kinds: of errors, besides ConfigError, DataError and OSError.
     """
     expected: tuple[type[Exception], ...] = (ConfigError, DataError, OSError, *kinds)
-    try:
-        with reader_may_leave():
+    with reader_may_leave():
+        try:
             yield
-    except expected as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        except expected as error:
+            print(f"{program}: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
 
 
 def positive(text: str) -> int:

@@ -42,7 +42,7 @@ from training.evaluation.search import SEARCHED, parse_axis, plot_search
 from transdiff_cli.common import parse_scales, reader_may_leave
 from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.files import check_folder_writable, home_path, new_file
-from transdiff_pipelines.generation import model_source
+from transdiff_pipelines.generation import model_source, without_loading_bars
 from transdiff_pipelines.half_precision import half_precision_note
 from transdiff_pipelines.loaders.original_checkpoint import match_published
 
@@ -58,7 +58,8 @@ def load_pipeline(options: argparse.Namespace, device: torch.device) -> TransDif
         SamplingError: there is none, or it cannot be loaded.
     """
     try:
-        pipe = TransDiffPipeline.from_pretrained(model_source(options.model), dtype=getattr(torch, options.dtype))
+        with without_loading_bars():
+            pipe = TransDiffPipeline.from_pretrained(model_source(options.model), dtype=getattr(torch, options.dtype))
     except (OSError, ValueError) as error:
         raise SamplingError(str(error)) from error
     pipe.set_progress_bar_config(disable=True)
@@ -326,6 +327,7 @@ def guidance(text: str) -> float | list[float]:
     return scales[0] if len(scales) == 1 else scales
 
 
+@reader_may_leave()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     options = parse(arguments)
@@ -344,8 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ERRORS as error:
         sys.exit(f"error: {error}")
     if result is not None:
-        with reader_may_leave():
-            print(summary(result))
+        print(summary(result))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 from typer.core import TyperCommand
@@ -88,32 +88,65 @@ def _is_number(text: str) -> bool:
 @contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
     """Print an exception as one line and exit with 1; with `debug` let it through."""
-    try:
-        with reader_may_leave():
+    with reader_may_leave():
+        try:
             yield
-    except Exception as error:
-        if debug:
-            raise
-        message = " ".join(str(error).split())
-        # Errors of these types name value, expectation and remedy. Any other was not foreseen, so its type is shown.
-        if not message or not isinstance(error, (ValueError, TypeError, OSError, ImportError)):
-            message = f"{type(error).__name__}: {message} (--debug shows the traceback)"
-        typer.echo(f"error: {message}", err=True)
-        raise typer.Exit(1) from error
+        except Exception as error:
+            if debug:
+                raise
+            message = " ".join(str(error).split())
+            # Errors of these types name value, expectation and remedy. Any other was not foreseen: its type is shown.
+            if not message or not isinstance(error, (ValueError, TypeError, OSError, ImportError)):
+                message = f"{type(error).__name__}: {message} (--debug shows the traceback)"
+            typer.echo(f"error: {message}", err=True)
+            raise typer.Exit(1) from error
+
+
+class _Stream:
+    """A stream of text; what is written after its reader has left goes nowhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._to_nowhere_without_reader():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._to_nowhere_without_reader():
+            self._stream.flush()
+
+    @contextmanager
+    def _to_nowhere_without_reader(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:  # the text stays in the stream's buffer, from where it is written once more
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            self._stream.flush()
 
 
 @contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """End with status 0 when the program that reads this one's output has closed it, as in `transdiff info | head -1`.
+    """Go on when the program that reads this one's output or errors has closed them, as in `transdiff info | head -1`.
 
-    Without this Python reports the closed pipe as an error, and once more when it flushes at the end.
+    The lines are lost, and neither the images that are being drawn nor the model that is being trained. Without this
+    Python ends the program with an error, and reports it once more when it flushes at the end.
     """
+    streams = sys.stdout, sys.stderr  # None where it was closed from the start
+    guarded = [stream and _Stream(stream) for stream in streams]
+    sys.stdout, sys.stderr = guarded
     try:
         yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+    finally:
+        for stream in filter(None, guarded):
+            stream.flush()
+        sys.stdout, sys.stderr = streams
 
 
 def parse_scales(text: str) -> list[float]:

@@ -219,14 +219,11 @@ def _settings(
 
 
 def _load(settings: "GenerationSettings", device: str | None) -> "TransDiffPipeline":
-    from diffusers.utils import logging as diffusers_logging
-
     from transdiff_pipelines.generation import load_pipeline, lora_source
     from transdiff_pipelines.half_precision import half_precision_note
 
     for lora in settings.lora:
         lora_source(lora)  # a missing one is an error, before the model is loaded
-    diffusers_logging.disable_progress_bar()  # the bar of loading; that of drawing is the pipeline's own
     pipe = load_pipeline(settings.model, settings.dtype, device)
     if note := half_precision_note(pipe.dtype, pipe.device):
         typer.echo(f"note: {note}: --dtype float32", err=True)

@@ -1,8 +1,11 @@
-"""Files and folders that appear whole or not at all: written beside their place, then renamed."""
+"""Files and folders that appear whole or not at all: written beside their place, then renamed.
+
+They have the permissions of any new file, whatever wrote them: safetensors makes its files for their owner alone.
+"""
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +26,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         yield temporary
+        give_usual_mode([temporary])
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -83,6 +87,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         folder = Path(workplace) / path.name
         folder.mkdir()
         yield folder
+        give_usual_mode(folder.rglob("*"))
         os.replace(folder, path)
 
 
@@ -100,10 +105,28 @@ def new_files(folder: str | os.PathLike[str], last: str | None = None) -> Iterat
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
         yield Path(scratch)
         files = sorted(file for file in Path(scratch).rglob("*") if file.is_file())
+        give_usual_mode(files)
         for file in sorted(files, key=lambda file: file.name == last):
             place = folder / file.relative_to(scratch)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, place)
+
+
+def give_usual_mode(paths: Iterable[Path]) -> None:
+    """Give files the permissions that a new file has in their folder; folders among the paths stay as they are.
+
+    A new file is made to see which these are: asking for the umask sets it for a moment, for all threads.
+    """
+    files = [path for path in paths if path.is_file()]
+    if not files:
+        return
+    probe = _temporary(files[0].with_name("mode"))
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in files:
+        if file.stat().st_mode != mode:  # some file systems have one mode for all, and refuse to change it
+            file.chmod(mode)
 
 
 def refuse_existing(path: str | os.PathLike[str]) -> None:

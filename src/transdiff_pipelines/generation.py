@@ -12,6 +12,7 @@ import os
 import shlex
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging as diffusers_logging
 from diffusers.utils import make_image_grid
 from PIL import Image, PngImagePlugin
 
@@ -361,7 +363,20 @@ def load_pipeline(model: str | None = None, dtype: str = "float32", device: str 
         OSError: there is no such folder, or it is no pipeline's.
     """
     place, source = _device(device), model_source(model)
-    return TransDiffPipeline.from_pretrained(source, dtype=getattr(torch, dtype)).to(place)
+    with without_loading_bars():
+        return TransDiffPipeline.from_pretrained(source, dtype=getattr(torch, dtype)).to(place)
+
+
+@contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """Let diffusers load without a progress bar: what a command shows is the progress of its own work."""
+    shown = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            diffusers_logging.enable_progress_bar()
 
 
 def model_source(model: str | None) -> str:

@@ -1,10 +1,12 @@
 """A tiny data set, VAE and cache, shared by the training tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from PIL import Image
 
@@ -14,6 +16,14 @@ from training.settings.config import DataConfig, TrainConfig, build
 
 
 CLASS_SIZES = {"1": 5, "2": 9, "10": 3}  # natural order: 1, 2, 10
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps one precision and one device per process; each test begins without."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

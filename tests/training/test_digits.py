@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from pictures import size_of
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -224,5 +225,5 @@ def test_quality_script_measures_a_saved_pipeline(digits: Path, tmp_path: Path, 
     assert first == again != second  # a seed settles the images
     assert result["mean"]["recognition"] < 0.5 < result["real"]["recognition"]  # untrained
     assert result["mean"]["frechet"] > 10 * result["real"]["frechet"]
-    assert Image.open(tmp_path / "grid.png").size == (320, 64)
+    assert size_of(tmp_path / "grid.png") == (320, 64)
     assert f"| {100 * result['real']['recognition']:.2f} |" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
+from pictures import size_of
 
 from training.digits import editing
 from training.digits.export import main as export_digits
@@ -118,5 +118,5 @@ def test_command_line(
     assert named["masked"]["recognition"] < named["original"]["recognition"]
     assert named["resampled"]["known_error_max"] == 0
     assert "| strength | recognised as 8, %" in capsys.readouterr().out
-    assert Image.open(tmp_path / "pictures" / "editing_restoration.png").size == (20 * 66, 4 * 66)
-    assert Image.open(tmp_path / "pictures" / "editing_swap.png").size == (3 * 66, 8 * 66)
+    assert size_of(tmp_path / "pictures" / "editing_restoration.png") == (20 * 66, 4 * 66)
+    assert size_of(tmp_path / "pictures" / "editing_swap.png") == (3 * 66, 8 * 66)

@@ -1,14 +1,14 @@
 """Evaluation: the same images from any number of processes, metrics that agree with a second implementation."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launching import launch
+from pictures import size_of
 from PIL import Image
 from rounding import assert_close
 from scipy.linalg import sqrtm
@@ -90,6 +90,11 @@ def write_pictures(folder, count, side=8, seed=0):
     for path, image in zip(paths, pixels, strict=True):
         Image.fromarray(image).save(path)
     return paths
+
+
+def one_array(path):
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
 
 
 def cut_off(path):
@@ -294,14 +299,14 @@ class TestReferences:
         [
             (lambda path: None, "there is no reference"),
             (lambda path: path.mkdir(), "holds no images"),
-            (lambda path: np.savez(path.open("wb"), other=np.zeros(1)), r"holds \['other'\]; expected mu and sigma"),
-            (lambda path: np.savez(path.open("wb"), arr_0=np.zeros((2, 3))), "expected uint8"),
+            (lambda path: np.savez(path, other=np.zeros(1)), r"holds \['other'\]; expected mu and sigma"),
+            (lambda path: np.savez(path, arr_0=np.zeros((2, 3))), "expected uint8"),
             (lambda path: path.write_text("no archive"), r"reference\.npz is no whole \.npz file"),
             (lambda path: path.touch(), r"reference\.npz is no whole \.npz file"),
-            (lambda path: np.save(path.open("wb"), np.zeros(3)), "one array without a name"),
-            (lambda path: np.savez(path.open("wb"), mu=np.array([{}])), r"holds \['mu'\]"),
-            (lambda path: np.savez(path.open("wb"), mu=np.array([{}]), sigma=np.eye(6)), "Object arrays"),
-            (lambda path: cut_off(path), r"reference\.npz is no whole \.npz file"),
+            (one_array, "one array without a name"),
+            (lambda path: np.savez(path, mu=np.array([{}])), r"holds \['mu'\]"),
+            (lambda path: np.savez(path, mu=np.array([{}]), sigma=np.eye(6)), "Object arrays"),
+            (cut_off, r"reference\.npz is no whole \.npz file"),
         ],
     )
     def test_errors(self, tmp_path, make, message):
@@ -482,7 +487,7 @@ class TestCommand:
         row = (tmp_path / "out" / "results.md").read_text().splitlines()[-1]
         assert f"{result['metrics']['fid']:.4g}" in row
         assert "type: fid" in (tmp_path / "out" / "model-index.yml").read_text()
-        assert Image.open(tmp_path / "out" / "samples.png").size == (64, 8)
+        assert size_of(tmp_path / "out" / "samples.png") == (64, 8)
         assert (tmp_path / "out" / "samples_10.npz").exists()
 
     def test_without_an_extractor_the_images_remain(self, model, tmp_path, capsys):
@@ -626,16 +631,9 @@ class TestCommand:
     @pytest.mark.slow
     @pytest.mark.timeout(1800)
     def test_two_processes(self, model, tmp_path):
-        environment = os.environ | {
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
         told = []
         for count in (1, 2):
-            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-            launch += ["-m", "training.evaluate", *arguments(model, tmp_path / str(count), tmp_path)]
-            done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=True, timeout=900)
-            told.append(len(done.stdout.splitlines()))
+            command = ["training.evaluate", *arguments(model, tmp_path / str(count), tmp_path)]
+            told.append(len(launch(*command, processes=count).splitlines()))
         assert told[0] == told[1]  # two processes that know of each other: one of them speaks
         assert files_of(tmp_path / "1") == files_of(tmp_path / "2")

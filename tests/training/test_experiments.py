@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from pictures import size_of
 from PIL import Image
 from rounding import assert_close
 from scipy.stats import rankdata
@@ -213,7 +214,7 @@ class TestCommands:
         rows = json.loads((tmp_path / "variations.json").read_text())["rows"]
         assert [row["references"] for row in rows] == [0, 1, 2, 3]
         assert all(0 < row["own_reference"] < 60 and 0 < row["reference_of_another"] < 60 for row in rows[1:])
-        assert Image.open(tmp_path / "variations.png").size == (9 * 34 - 2, 10 * 34 - 2)
+        assert size_of(tmp_path / "variations.png") == (9 * 34 - 2, 10 * 34 - 2)
         fusion.main([*options, "--classes", "0", "1", "--rows", "1", "--weights", "2", "--count", "3"])
         shares = json.loads((tmp_path / "fusion.json").read_text())["recognised"]["fused"]
         assert sum(shares.values()) == pytest.approx(1)

@@ -1,13 +1,11 @@
 """Training flow maps: where they begin and end, what the teacher says they are, and whole runs on tiny models."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from rounding import CURVE
 from test_sharding import run_split
@@ -28,12 +26,6 @@ K = 6
 MEAN, STD = 2.0, 0.5
 NAMES = {0: "1", 1: "2", 2: "10"}
 LABELS = torch.tensor([0, 3, 1])
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state()
 
 
 def student(patch_size: int = 2, **config) -> TrainingModel:

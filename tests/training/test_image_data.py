@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from rounding import CURVE, assert_close
 from test_sharding import run_split
@@ -28,12 +26,6 @@ from training.dry_run import describe
 from training.outputs.checkpoints import CheckpointError, checkpoint_folders
 from training.settings.config import ConfigError, DataConfig
 from training.trainer import Trainer
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state()
 
 
 @pytest.fixture

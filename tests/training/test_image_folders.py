@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers import AutoencoderKL
+from pictures import size_of
 from PIL import Image
 
 from training import split_images, train_vae
@@ -94,7 +95,7 @@ def test_a_vae_is_trained_on_any_images(images: Path, tmp_path: Path, capsys) ->
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((output / "report.json").read_text(encoding="utf-8"))
     assert AutoencoderKL.from_pretrained(output).config.sample_size == 16
-    assert Image.open(output / "preview.png").size == (16, 3 * 2 * 16)  # three images, each above what came of it
+    assert size_of(output / "preview.png") == (16, 3 * 2 * 16)  # three images, each above what came of it
 
 
 @pytest.mark.parametrize(

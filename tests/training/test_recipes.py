@@ -2,14 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL
 from huggingface_hub import ModelCard
@@ -29,13 +27,6 @@ from transdiff_pipelines.presets import PUBLISHED, PublishedModel
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 NAMES = {0: "10", 1: "lynx", 2: "1, one", 3: "2", 4: "owl"}  # the data's classes are 1, 2, 10
 SIZES = {"encoder_layers": 2, "decoder_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    AcceleratorState._reset_state()  # one precision per process otherwise
-    yield
-    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")

@@ -25,12 +25,6 @@ from training.trainer import Trainer
 from transdiff_pipelines import TransDiffPipeline
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def train(config: TrainConfig, on_device: bool) -> Trainer:
     """A whole run, on the CPU or on the other device."""
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -18,7 +18,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from accelerate.state import AcceleratorState
 from rounding import CURVE, assert_trained_alike
 from safetensors.torch import load_file
 from test_train import final_tensors, losses, train
@@ -43,12 +42,6 @@ OPTIONS = {
     "preview.rows": 1,
     "preview.num_inference_steps": 2,
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state()
 
 
 def without_compiling() -> None:

@@ -2,9 +2,6 @@
 
 import dataclasses
 import io
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from launching import launch
 from PIL import Image
 from rounding import assert_close
 
@@ -298,6 +296,7 @@ def test_a_cache_of_another_dataset_is_refused(data: DataConfig) -> None:
         cache_latents(dataclasses.replace(data, classes=["dog", "cat"]), table())
 
 
+@pytest.mark.timeout(900)
 def test_two_real_processes_make_the_cache_of_one(data: DataConfig, expected: dict, tmp_path: Path) -> None:
     """Of three data files, streamed, one process takes two and the other one."""
     (tmp_path / "parquet").mkdir()
@@ -312,16 +311,6 @@ def test_two_real_processes_make_the_cache_of_one(data: DataConfig, expected: di
     }
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "training.cache_latents", f"--config={file}"],
-        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert [line.split(" in ")[0] for line in done.stdout.splitlines() if "encoded" in line] == ["encoded 10 images"]
+    output = launch("training.cache_latents", f"--config={file}")
+    assert [line.split(" in ")[0] for line in output.splitlines() if "encoded" in line] == ["encoded 10 images"]
     check(LatentCache(data.cache), expected, NAMES)

@@ -4,9 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import yaml
 from accelerate.optimizer import patch_optimizer_step
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from launching import launch
 from rounding import CURVE
 from safetensors.torch import load_file
 
@@ -25,17 +24,9 @@ from training.model.ema import WeightAverage
 from training.model.schedule import LearningRate
 from training.outputs.checkpoints import CheckpointError, checkpoint_folders, find_checkpoints
 from training.settings.config import ConfigError, ScheduleConfig, TrainConfig, to_dict
+from training.train import main
 from training.trainer import Trainer
 from transdiff_pipelines import TransDiffPipeline, half_precision
-
-
-REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state()
 
 
 def train(config: TrainConfig) -> Trainer:
@@ -256,6 +247,34 @@ def test_the_last_k_checkpoints_are_kept(make_config) -> None:
     assert [path.name for path in checkpoint_folders(Path(config.output))] == ["step-00000004", "step-00000005"]
 
 
+def test_the_files_of_a_run_have_the_rights_of_any_other_file(make_config, tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    config = make_config()
+    train(config)
+    saved = [path for path in Path(config.output).rglob("*") if path.is_file()]
+    assert {"model.safetensors", "ema.safetensors", "random_states_0.pkl"} <= {path.name for path in saved}
+    shards = list(Path(config.data.cache).glob("*.safetensors"))
+    assert shards
+    usual = (tmp_path / "plain").stat().st_mode
+    assert [path for path in saved + shards if path.stat().st_mode != usual] == []
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_leaves_ends_no_run(make_config, tmp_path: Path, monkeypatch, stream: str) -> None:
+    """As in `python -m training.train ... | head -1`; here the reader is gone before the first line."""
+    config = make_config()
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", buffering=1) as nobody_reads:
+        monkeypatch.setattr(sys, stream, nobody_reads)
+        monkeypatch.setattr(sys, "argv", ["training.train", f"--config={file}"])
+        main()
+        assert getattr(sys, stream) is nobody_reads
+    assert (Path(config.output) / "pipeline" / "model_index.json").is_file()
+
+
 def test_what_resume_means(make_config, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     assert find_checkpoints(empty, "auto") == []
@@ -368,6 +387,7 @@ def test_preview_labels_outside_the_classes_are_an_error(make_config) -> None:
         Trainer(make_config(**{"preview.every": 2, "preview.labels": [0, 3]}))
 
 
+@pytest.mark.timeout(900)
 def test_two_processes_give_the_curve_of_one(make_config, tmp_path: Path) -> None:
     """The same global batch, split over two processes that really communicate."""
     options = {"model.dropout": 0.0, "model.patch_size": 2, "schedule.steps": 3}
@@ -375,17 +395,7 @@ def test_two_processes_give_the_curve_of_one(make_config, tmp_path: Path) -> Non
     two = make_config("two", **options, **{"data.batch_size": 2})
     file = tmp_path / "two.yaml"
     file.write_text(yaml.safe_dump(to_dict(two)), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run(
-        [*command, "-m", "training.train", f"--config={file}"],
-        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    launch("training.train", f"--config={file}")
     assert losses(two.output) == pytest.approx(losses(tmp_path / "one"), rel=CURVE)
     # what two processes saved, one continues at the same global batch
     alone = make_config("two", **options | {"schedule.steps": 4}, **{"data.batch_size": 4})

@@ -2,9 +2,7 @@
 
 import json
 import math
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -12,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.cache_latents import cache_latents
@@ -22,13 +19,8 @@ from training.dry_run import CPU_ATTENTION, describe, measure
 from training.outputs.metrics import Stopwatch, Window, smooth
 from training.outputs.publish import PublishError, check_repository
 from training.settings.config import ConfigError, TrainConfig, to_dict
+from training.train import main
 from training.trainer import Trainer
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state()
 
 
 def train(config: TrainConfig) -> Trainer:
@@ -212,16 +204,13 @@ def test_the_dry_run_describes_and_writes_nothing(make_config) -> None:
     assert not Path(config.output).exists()
 
 
-def test_the_command_line_takes_dry_run(make_config, tmp_path: Path) -> None:
+def test_the_command_line_takes_dry_run(make_config, tmp_path: Path, monkeypatch, capsys) -> None:
     config = make_config()
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "training.train", "--dry-run", f"--config={file}"],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "dry run: nothing is trained or written" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["training.train", "--dry-run", f"--config={file}"])
+    main()
+    assert "dry run: nothing is trained or written" in capsys.readouterr().out
     assert not Path(config.output).exists()
 
 

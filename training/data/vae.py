@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from training.settings.config import ConfigError, require
+from transdiff_pipelines.generation import without_loading_bars
 from transdiff_pipelines.hub_access import check_hub_has
 from transdiff_pipelines.latents import scale_latents, vae_stride
 
@@ -43,9 +44,10 @@ def load_vae(name: str | None) -> AutoencoderKL:
     try:
         if not Path(name).exists():
             check_hub_has(repository if is_nested else name)
-        if is_nested:
-            return AutoencoderKL.from_pretrained(repository, subfolder=subfolder)
-        return AutoencoderKL.from_pretrained(name)
+        with without_loading_bars():
+            if is_nested:
+                return AutoencoderKL.from_pretrained(repository, subfolder=subfolder)
+            return AutoencoderKL.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"data.vae {name!r} cannot be loaded: {reason}") from error

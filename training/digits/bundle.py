@@ -11,13 +11,16 @@ from pathlib import Path
 
 import torch
 
+from transdiff_cli.common import reader_may_leave
 from transdiff_pipelines import DIGITS, TransDiffPipeline
 from transdiff_pipelines.files import home_path
+from transdiff_pipelines.generation import without_loading_bars
 
 
 def bundle(model: str | Path, output: Path) -> None:
     """Write the pipeline in folder `model` to folder `output`, replacing what is there as a whole."""
-    pipeline = TransDiffPipeline.from_pretrained(model)
+    with without_loading_bars():
+        pipeline = TransDiffPipeline.from_pretrained(model)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.to(dtype=torch.float16).save_pretrained(partial)
@@ -25,12 +28,11 @@ def bundle(model: str | Path, output: Path) -> None:
         entries = json.loads(config.read_text(encoding="utf-8"))
         entries.pop("_name_or_path", None)  # names a folder of the machine that it was trained on
         config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for file in partial.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)  # weights are saved with permissions for their owner alone
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
 
 
+@reader_may_leave()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the trained pipeline")

@@ -20,8 +20,10 @@ from PIL import Image
 from training.data.splits import SPLITS
 from training.digits.quality import Reference, load_split, pooled_pixels, recognition
 from training.evaluation.quality import summarise
+from transdiff_cli.common import reader_may_leave
 from transdiff_pipelines import TransDiffImg2ImgPipeline, TransDiffInpaintPipeline, TransDiffPipeline
 from transdiff_pipelines.files import check_folder_writable, check_writable, home_path, new_file
+from transdiff_pipelines.generation import without_loading_bars
 
 
 SOURCE, TARGET = 3, 8
@@ -207,6 +209,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@reader_may_leave()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     options = parse(arguments)
@@ -214,7 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_writable(options.output)
     if options.pictures:
         check_folder_writable(options.pictures)
-    pipeline = TransDiffPipeline.from_pretrained(options.model)
+    with without_loading_bars():
+        pipeline = TransDiffPipeline.from_pretrained(options.model)
     reference = Reference(options.data, options.split)
     swap, swap_pictures = evaluate_swaps(pipeline, reference, options)
     restoration, restoration_pictures = evaluate_restoration(pipeline, reference, options)

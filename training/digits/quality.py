@@ -36,6 +36,7 @@ from training.evaluation.quality import (
     within_class_variance,
     write_json,
 )
+from transdiff_cli.common import reader_may_leave
 from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.files import check_writable, home_path, new_file
 
@@ -163,6 +164,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@reader_may_leave()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     options = parse(arguments)

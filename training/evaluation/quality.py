@@ -19,6 +19,7 @@ from scipy.spatial.distance import cdist
 from training.evaluation import metrics
 from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.files import home_path, new_file
+from transdiff_pipelines.generation import without_loading_bars
 
 
 BATCH_SIZE = 250
@@ -122,7 +123,8 @@ def add_options(parser: argparse.ArgumentParser, splits: Sequence[str], grid: st
 
 def load_pipeline(options: argparse.Namespace) -> TransDiffPipeline:
     """The saved pipeline, on a GPU if there is one; scales that the options name replace the scheduler's."""
-    pipeline = TransDiffPipeline.from_pretrained(options.model)
+    with without_loading_bars():
+        pipeline = TransDiffPipeline.from_pretrained(options.model)
     chosen = {"drift_scale": options.drift_scale, "diffusion_scale": options.diffusion_scale}
     scales = {name: value for name, value in chosen.items() if value is not None}
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **scales)

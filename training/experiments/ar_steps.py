@@ -23,6 +23,7 @@ from training.experiments.common import (
     picture,
     write,
 )
+from transdiff_cli.common import reader_may_leave
 from transdiff_pipelines import TransDiffPipeline
 
 
@@ -46,6 +47,7 @@ class Clock:
         self.seconds += self._latest
 
 
+@reader_may_leave()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     options_parser = parser(__doc__)

@@ -23,7 +23,7 @@ from training.evaluation.quality import frechet_error
 from training.evaluation.references import load_reference
 from transdiff_pipelines import DIGITS, TransDiffPipeline
 from transdiff_pipelines.files import check_folder_writable, home_path, new_file
-from transdiff_pipelines.generation import model_source
+from transdiff_pipelines.generation import model_source, without_loading_bars
 
 
 # Images `(N, H, W, 3)` in [0, 1] and the labels `(N,)` they should show, to measures.
@@ -130,7 +130,8 @@ def load(options: argparse.Namespace) -> TransDiffPipeline:
     """
     try:
         check_folder_writable(options.output)
-        pipe = TransDiffPipeline.from_pretrained(model_source(options.model))
+        with without_loading_bars():
+            pipe = TransDiffPipeline.from_pretrained(model_source(options.model))
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     pipe.set_progress_bar_config(disable=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from training import evaluate
 from training.experiments import ar_steps, diversity, fewer_tokens, fusion, sequence_length, variations
+from transdiff_cli.common import reader_may_leave
 from transdiff_pipelines.files import home_path, new_file
 
 
@@ -76,6 +77,7 @@ def section(name: str, folder: Path) -> str:
     return "\n\n".join([f"## {title}", *([table(rows)] if rows else []), *pictures])
 
 
+@reader_may_leave()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

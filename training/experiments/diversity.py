@@ -33,6 +33,7 @@ from training.experiments.common import (
     write,
 )
 from training.outputs.checkpoints import checkpoint_folders
+from transdiff_cli.common import reader_may_leave
 from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.files import home_path, new_file
 
@@ -139,6 +140,7 @@ def plot(rows: list[dict[str, Any]], quality: str, path: Any) -> None:
     plt.close(figure)
 
 
+@reader_may_leave()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     options_parser = parser(__doc__)

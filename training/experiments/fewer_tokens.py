@@ -23,6 +23,7 @@ from training.experiments.common import (
     picture,
     write,
 )
+from transdiff_cli.common import reader_may_leave
 from transdiff_pipelines import TransDiffPipeline
 
 
@@ -37,6 +38,7 @@ def finished_conditions(pipe: TransDiffPipeline, labels: list[int], settings: di
     return pipe.encode_condition(labels, references), pipe.encode_condition(null, references)
 
 
+@reader_may_leave()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     options_parser = parser(__doc__)

@@ -29,6 +29,7 @@ from training.experiments.common import (
     picture,
     write,
 )
+from transdiff_cli.common import reader_may_leave
 from transdiff_pipelines import TransDiffPipeline, blend_conditions
 from transdiff_pipelines.pipelines.condition_blending import PATTERNS
 
@@ -87,6 +88,7 @@ def in_words(pairs: Sequence[tuple[int, int]], seen: np.ndarray, names: Mapping[
     return rows
 
 
+@reader_may_leave()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     options_parser = parser(__doc__)

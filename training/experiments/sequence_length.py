@@ -13,6 +13,7 @@ from typing import Any
 
 from training.experiments.common import add_judge_options, named_models, parser, write
 from training.experiments.diversity import measure_models
+from transdiff_cli.common import reader_may_leave
 from transdiff_pipelines.files import new_file
 
 
@@ -42,6 +43,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+@reader_may_leave()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     options_parser = parser(__doc__)

@@ -8,6 +8,7 @@ prints both as Markdown. Nothing is run: the weights are the authors', the image
 import argparse
 from collections.abc import Sequence
 
+from transdiff_cli.common import reader_may_leave
 from transdiff_pipelines.presets import ORIGINAL_REPOSITORY, PUBLISHED, PublishedModel
 
 
@@ -46,6 +47,7 @@ def tables(reference: str, reference_512: str, extractor: str) -> str:
     return "\n".join([*rows, "", models, "", "```sh", *commands, "```"])
 
 
+@reader_may_leave()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

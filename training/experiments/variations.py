@@ -29,6 +29,7 @@ from training.experiments.common import (
     picture,
     write,
 )
+from transdiff_cli.common import reader_may_leave
 from transdiff_pipelines import TransDiffPipeline
 
 
@@ -101,6 +102,7 @@ def of_pictures(options: argparse.Namespace, pipe: TransDiffPipeline) -> tuple[d
     return {"class_label": label, "pictures": list(options.pictures)}, picture([images])
 
 
+@reader_may_leave()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     options_parser = parser(__doc__)

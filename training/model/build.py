@@ -22,6 +22,7 @@ from transdiff_pipelines import (
     TransDiffTransformer2DModel,
 )
 from transdiff_pipelines.files import why_no_pipeline
+from transdiff_pipelines.generation import without_loading_bars
 from transdiff_pipelines.models.ar_condition_encoder import group_sizes
 from transdiff_pipelines.pipelines.checks import guidance_per_image
 from transdiff_pipelines.pipelines.class_set import match_classes, resize_class_embedding
@@ -185,8 +186,9 @@ def starting_folder(model: ModelConfig) -> Path:
 def inherit_model(model: ModelConfig, lora: LoraConfig, data: TrainingData) -> tuple[TrainingModel, list[str]]:
     """A model for `model` and the data's classes that starts from the pipeline folder `model.start_from`."""
     folder = starting_folder(model)
-    old_encoder = ARConditionEncoder.from_pretrained(folder, subfolder="condition_encoder")
-    old_transformer = TransDiffTransformer2DModel.from_pretrained(folder, subfolder="transformer")
+    with without_loading_bars():
+        old_encoder = ARConditionEncoder.from_pretrained(folder, subfolder="condition_encoder")
+        old_transformer = TransDiffTransformer2DModel.from_pretrained(folder, subfolder="transformer")
     origin = "-".join(tensors_digest(network.state_dict()) for network in (old_encoder, old_transformer))
     sizes = sizes_of(old_encoder, old_transformer)
     differing = [f"{k} {v} (there {sizes[k]})" for k, v in model.sizes().items() if v is not None and v != sizes[k]]

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from training.data.latent_cache import write_json
 from training.settings.config import ConfigError, TrainConfig, build
 from training.settings.schema import settings_that_differ
+from transdiff_pipelines.files import give_usual_mode
 
 
 class CheckpointError(ValueError):
@@ -164,6 +165,7 @@ def save_checkpoint(
     def put_in_place() -> None:
         if main:
             write_json(partial / "progress.json", progress)
+            give_usual_mode((partial / "state").iterdir())
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
 

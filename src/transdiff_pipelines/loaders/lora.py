@@ -7,7 +7,6 @@ script, packed by `save_lora_weights`. `models.lora_file` reads those that other
 
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE,
 from diffusers.utils import logging
 from torch import nn
 
+from ..files import new_files
 from ..models.adapters import (
     adapter_layers,
     adapter_names,
@@ -221,14 +221,13 @@ class TransDiffLoraLoaderMixin(LoraBaseMixin):
 
         Under diffusers' own names a folder has one LoRA: that of an earlier save in the other format is removed.
         """
-        os.makedirs(save_directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".lora-") as scratch:
+        with new_files(save_directory) as scratch:
             LoraBaseMixin.write_lora_layers(state_dict, scratch, **kwargs)
-            for file in Path(scratch).iterdir():
-                os.replace(file, Path(save_directory) / file.name)
-                for other in {LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE} - {file.name}:
-                    if file.name in (LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE):
-                        Path(save_directory, other).unlink(missing_ok=True)
+            saved = {file.name for file in scratch.iterdir()}
+        formats = {LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE}
+        if saved & formats:
+            for other in formats - saved:
+                Path(save_directory, other).unlink(missing_ok=True)
 
     def get_active_adapters(self) -> list[str]:
         """Names of the adapters that are active on any component."""

@@ -12,7 +12,7 @@ from typing import Any
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ..files import new_files
+from ..files import give_usual_mode, new_files
 from .adapters import adapter_layers, adapter_names, fused_adapters
 
 
@@ -136,6 +136,7 @@ class SavingMixin:
         if push_to_hub:
             # Once more, over the same files: diffusers uploads what it has just saved.
             super().save_pretrained(str(save_directory), *args, push_to_hub=True, **hub_options, **kwargs)  # type: ignore[misc]
+            give_usual_mode(path for path in Path(save_directory).iterdir() if _variant(path.name) is not None)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """`PushToHubMixin.push_to_hub`, refused before there is a repository; see `save_pretrained`."""
