@@ -5,7 +5,7 @@ import socket
 import pytest
 from command import assert_one_line_error, run
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from transdiff_pipelines.hub_access import check_hub_has
 from transdiff_pipelines.loaders import download_original
@@ -33,12 +33,25 @@ def test_a_hub_out_of_reach_is_asked_once(questions, monkeypatch):
     assert asked == ["org/name"]
 
 
-def test_a_repository_that_is_not_there(questions, monkeypatch):
+def without_response(kind, message):
+    """An error of the Hub's answers, which otherwise are made from the response itself."""
+    error = kind.__new__(kind)
+    OSError.__init__(error, message)
+    return error
+
+
+@pytest.mark.parametrize("kind", [RepositoryNotFoundError, GatedRepoError])
+def test_a_repository_that_is_not_there(questions, kind):
     _, answers = questions
-    monkeypatch.setattr(HfHubHTTPError, "__init__", lambda self, message: OSError.__init__(self, message))
-    answers["error"] = HfHubHTTPError("404 Client Error\nmore")
+    answers["error"] = without_response(kind, "404 Client Error\nmore")
     with pytest.raises(FileNotFoundError, match=r"does not give 'org/name' \(404 Client Error\); check the name"):
         check_hub_has("org/name")
+
+
+def test_a_mirror_that_answers_no_questions_is_left_to_the_loader(questions):
+    _, answers = questions
+    answers["error"] = without_response(HfHubHTTPError, "404 Client Error")
+    check_hub_has("org/name")
 
 
 def test_offline_by_choice(monkeypatch):

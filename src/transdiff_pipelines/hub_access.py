@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 
 TIMEOUT = 10  # seconds
@@ -26,12 +26,14 @@ def check_hub_has(repository: str) -> None:
         HfApi().model_info(repository, timeout=TIMEOUT)
     except HFValidationError as error:
         raise FileNotFoundError(f"{repository!r} is no name of a Hub repository: {error}") from error
-    except HfHubHTTPError as error:
+    except (RepositoryNotFoundError, GatedRepoError) as error:
         answer = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"the Hub does not give {repository!r} ({answer}); check the name, and for a private or gated one log in: "
             "hf auth login"
         ) from error
+    except HfHubHTTPError:
+        return  # it can be reached, and a mirror may know files alone: loading them will tell
     except Exception as error:  # what the client raises without a network has changed its class with the client
         reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else str(error) or type(error).__name__
         raise ConnectionError(
