@@ -137,7 +137,7 @@ def compile_networks(pipeline: TransDiffPipeline, setting: Setting) -> None:
     if setting.compiled == "off":
         return
     pipeline.condition_encoder.compile_repeated_blocks(fullgraph=True)
-    transformer = pipeline.transformer
+    transformer: Any = pipeline.transformer  # whose forward is replaced below
     if setting.compiled == "on":
         transformer.compile_repeated_blocks(fullgraph=True)
         return
