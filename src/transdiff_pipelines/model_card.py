@@ -7,6 +7,7 @@ The numbers come from `presets.py`, and those of the bundled model from its fold
 """
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,12 @@ def adapter_card(
         'pipe.load_lora_weights("FOLDER")\n'
         f"image = pipe({_shown(_example_label(pipeline))}).images[0]"
     )
-    usage = f"## Usage\n\n```python\n{code}\n```\n\nFOLDER is the one this card is in, or the Hub repository."
+    label, model = (shlex.quote(str(value)) for value in (_example_label(pipeline), base))
+    command = f"transdiff generate {label} --model {model} --lora FOLDER"
+    usage = (
+        f"## Usage\n\n```python\n{code}\n```\n\n```bash\n{command}\n```\n\n"
+        "FOLDER is the one this card is in, or the Hub repository."
+    )
     settings = f"Configuration:\n\n```yaml\n{yaml_dump(dict(config), sort_keys=False).strip()}\n```"
     origin = f"LoRA adapters for the TransDiff pipeline `{base}`, whose weights they leave as they are."
     limits = ["They know the classes and the resolution of that pipeline, and nothing else."]

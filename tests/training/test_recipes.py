@@ -330,6 +330,7 @@ def test_lora_saves_adapters_alone_and_the_pipeline_reads_them(small, base: Path
     assert (card.data.base_model, card.data.library_name) == (str(base), "diffusers")
     assert "lora" in card.data.tags
     assert 'pipe.load_lora_weights("FOLDER")' in card.text
+    assert f"--model {base} --lora FOLDER" in card.text
     assert {name.split(".")[0] for name in load_file(adapter)} == (
         {"transformer"} if frozen != "[]" else {"transformer", "condition_encoder"}
     )
