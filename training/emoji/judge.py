@@ -69,6 +69,7 @@ class Drawings:
         images: `(N, H, W, 3)`, uint8.
         labels: `(N,)`.
         hands: the set of each drawing.
+        digest: of the files' names and sizes.
 
     Raises:
         DataError: if there are none, or their sizes or classes differ.
@@ -96,16 +97,17 @@ class Drawings:
         names = [source.classes[label] for _, label in source.files]
         self.labels = np.array([self.classes.index(name) for name in names])
         self.hands = [path.stem for path, _ in source.files]
+        self.digest = source.digest
 
 
 def pixels(images: np.ndarray) -> np.ndarray:
     """Images `(N, H, W, 3)`, uint8 or in [0, 1], as rows `(N, 768)` whose Euclidean distance is the RMS of a value.
 
     Raises:
-        ValueError: if the side is no multiple of 16.
+        DataError: if the side is no multiple of 16.
     """
     if images.ndim != 4 or images.shape[1] % SQUARES or images.shape[1] != images.shape[2]:
-        raise ValueError(f"images have the shape {images.shape}; expected squares of a side that {SQUARES} divides")
+        raise DataError(f"images have the shape {images.shape}; expected squares of a side that {SQUARES} divides")
     scale = 1 if images.dtype == np.uint8 else 255
     planes = images.transpose(0, 3, 1, 2).astype(np.float64) * scale
     rows = block_means(planes, images.shape[1] // SQUARES).reshape(len(images), -1)
@@ -132,6 +134,8 @@ class Judge:
         self.train = Drawings(data, "train")
         if recogniser.classes != self.train.classes:
             raise DataError("the recogniser was trained on other classes; name another file for one of these")
+        if recogniser.trained_on != self.train.digest:
+            raise DataError("the recogniser was trained on other drawings; name another file for one of these")
         held_out = {name: Drawings(data, name, self.train.classes) for name in SPLITS[1:]}
         self.held_out = held_out[split]
         self.train_features, _ = recogniser.judge(self.train.images)

@@ -57,6 +57,7 @@ def recogniser_for(options: argparse.Namespace) -> Judge:
         train = Drawings(options.data, "train")
         recogniser = new_recogniser(train.classes).to("cuda" if torch.cuda.is_available() else "cpu")
         recogniser.fit(train.images, train.labels, options.epochs)
+        recogniser.trained_on = train.digest
         recogniser.save(options.recogniser)
     return Judge(options.data, options.split, recogniser)
 
@@ -95,6 +96,12 @@ def evaluate(
 ) -> tuple[dict[str, Any], Image.Image]:
     """Generate and measure once for each seed: the result that is written as JSON, and a sheet of the first seed."""
     train = judge.train
+    side = train.images.shape[1]
+    if pipeline.image_side != side:
+        raise DataError(
+            f"the model draws {pipeline.image_side} pixels a side and the drawings have {side}; render them with "
+            f"--size {pipeline.image_side}"
+        )
     labels = chosen_labels(pipeline, train.classes, options.num_classes, options.per_class)
     rows = reconstructed_rows(len(train.images), min(RECONSTRUCTED, len(train.images)))
     copied = judge.reconstruction_distance(reconstructions(pipeline, train.images[rows]))
@@ -111,7 +118,7 @@ def evaluate(
         "images_in_sequence": len(sequences),
         "accuracy_of_recogniser": judge.accuracy,
         "distance_of_reconstructions": copied,
-        "hands": judge.share_of_hands(sequences[-1], labels),
+        "share_of_hands": judge.share_of_hands(sequences[-1], labels),
     }
     real = judge.measure_real() | {"reconstructions": float((judge.distances <= copied).mean())}
     return {**facts, "real": real, **result}, sheet(sequences[-1], labels)

@@ -45,12 +45,16 @@ class Recogniser(nn.Module):
     Args:
         classes: their names.
         width: channels of the first of four layers.
+
+    Attributes:
+        trained_on: digest of the drawings; empty before.
     """
 
     def __init__(self, classes: Sequence[str], width: int = WIDTH) -> None:
         super().__init__()
         self.classes = list(classes)
         self.width = width
+        self.trained_on = ""
         layers: list[nn.Module] = []
         channels = [3, width, 2 * width, 4 * width, 8 * width]
         for before, after in zip(channels, channels[1:], strict=False):
@@ -105,7 +109,11 @@ class Recogniser(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write weights and names of classes."""
-        metadata = {"classes": json.dumps(self.classes), "width": str(self.width)}
+        metadata = {
+            "classes": json.dumps(self.classes),
+            "width": str(self.width),
+            "trained_on": self.trained_on,
+        }
         with new_file(path) as temporary:
             save_file({name: value.contiguous() for name, value in self.state_dict().items()}, temporary, metadata)
 
@@ -120,6 +128,7 @@ def load_recogniser(path: Path) -> Recogniser:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             recogniser = Recogniser(json.loads(metadata["classes"]), int(metadata["width"]))
+            recogniser.trained_on = metadata["trained_on"]
             recogniser.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise DataError(
