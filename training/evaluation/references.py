@@ -86,11 +86,14 @@ class Reference:
 def _arrays(path: Path) -> Iterator[Mapping[str, Any]]:
     """The arrays of an `.npz`; whatever stops reading them is said as an error of this file."""
     try:
-        loaded = np.load(path)
-        if isinstance(loaded, np.ndarray):
-            raise ReferenceImagesError(f"{path} holds one array without a name; expected an .npz, as np.savez writes")
-        with loaded as arrays:
-            yield arrays
+        with path.open("rb") as file:  # numpy leaves a file open that is no whole archive
+            loaded = np.load(file)
+            if isinstance(loaded, np.ndarray):
+                raise ReferenceImagesError(
+                    f"{path} holds one array without a name; expected an .npz, as np.savez writes"
+                )
+            with loaded as arrays:
+                yield arrays
     except ReferenceImagesError:
         raise
     except Exception as error:  # numpy, zipfile and zlib each have their own
