@@ -7,9 +7,10 @@ and one that is in both would make the test one of the settings that it chose. S
 the classes each. A class's held-out drawing is the same whichever classes are rendered, because it follows from its
 place among all of the sets' shared names.
 
-**Relatives.** The six sets are not six independent hands: `fluent-emoji` and `fluent-emoji-flat` are the same designs
-with and without gradients, and `noto` and `noto-v1` are two editions of one set, sometimes with the same drawing. For
-two of three held-out drawings, then, a near relative was seen in training.
+**Relatives.** The six sets are not six independent hands. `fluent-emoji` and `fluent-emoji-flat` are the same designs
+with and without gradients, so a third of the held-out drawings has a near relative in training: the median distance to
+the nearest training drawing (`training.emoji.judge`) is 19 to 22 for these two sets and 29 to 46 for the other four.
+`noto` and `noto-v1` are two editions of one set, but most things were drawn anew.
 """
 
 from __future__ import annotations
