@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from tiny import tiny_pipeline
+from tiny import tiny_encoder, tiny_pipeline, tiny_transformer
 
 import transdiff_pipelines
 from benchmarks import model_sizes
@@ -51,12 +51,17 @@ def test_python_blocks_run(page, tmp_path, shallow, monkeypatch):
 
 @pytest.mark.slow
 def test_the_tour_fits_models_of_other_sizes(tmp_path, monkeypatch):
-    """As the page says: only the folder changes. Here a model of 8 pixels takes the place of one of 32."""
-    pipe = tiny_pipeline()
+    """As the page says, only the folder changes: a model of 8 pixels and one layer runs the blocks that have sizes."""
+    pipe = tiny_pipeline(condition_encoder=tiny_encoder(num_layers=1), transformer=tiny_transformer(num_layers=1))
     pipe.resize_class_embeddings([str(digit) for digit in range(10)])
     monkeypatch.setattr(TransDiffPipeline, "from_pretrained", lambda _: pipe)
-    run_page(ROOT / "docs/tour.md", tmp_path)
+    blocks = [block for block in python_blocks(ROOT / "docs/tour.md") if re.search(r"\b(side|last|resize)\b", block)]
+    assert len(blocks) == 3
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"```python\n{block}```\n" for block in blocks), encoding="utf-8")
+    run_page(page, tmp_path)
     assert pipe.image_side == 8
+    assert {path.name for path in tmp_path.glob("*.png")} == {"denoising.png", "editing.png"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -85,7 +90,7 @@ def test_labels_of_published_models_are_names_of_imagenet():
 def test_pages_name_configurations_and_modules_that_exist():
     for page in [*PAGES, *(ROOT / name for name in ("training/README.md", "benchmarks/README.md", "CONTRIBUTING.md"))]:
         text = page.read_text(encoding="utf-8")
-        for module in re.findall(r"-m ((?:training|benchmarks)[\w.]*)", text):
+        for module in re.findall(r"-m ((?:training|benchmarks)(?:\.\w+)+)", text):
             place = ROOT / module.replace(".", "/")
             assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), f"{page.name}: {module}"
         for config in re.findall(r"training/configs/\w+\.yaml", text):
