@@ -16,11 +16,17 @@ def python_blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def run_page(page: Path, folder: Path) -> None:
-    """Run the page's blocks as one program in `folder`, where it leaves its files."""
+def run_page(page: Path, folder: Path, num_inference_steps: int | None = None) -> None:
+    """Run the page's blocks as one program in `folder`, where it leaves its files.
+
+    Args:
+        num_inference_steps: wherever the page names a number of steps, take this one: for a test, to be done sooner.
+    """
     namespace: dict = {}
     with contextlib.chdir(folder):
         for block in python_blocks(page):
+            if num_inference_steps is not None:
+                block = re.sub(r"num_inference_steps=\d+", f"num_inference_steps={num_inference_steps}", block)
             exec(compile(block, page.name, "exec"), namespace)
 
 

@@ -156,6 +156,13 @@ class TestRun:
 
 
 class TestCommandLine:
+    @pytest.fixture(autouse=True)
+    def _leave_this_process_alone(self, monkeypatch):
+        """The command sets up a process of its own; here other tests follow, of torch.compile and of messages."""
+        monkeypatch.setattr("benchmarks.on_gpu.common.be_quiet", lambda: None)
+        monkeypatch.setattr("benchmarks.on_gpu.correctness.exact_float32", lambda: None)
+        monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)
+
     def refused(self, *arguments: str) -> str:
         with pytest.raises(SystemExit) as end:
             gpu.main(list(arguments))
@@ -182,4 +189,3 @@ class TestCommandLine:
         assert end.value.code == 0
         saved = json.loads((tmp_path / "gpu.json").read_text())["parts"]
         assert {outcome["status"] for outcome in saved.values()} == {"skipped"}
-        torch.compiler.set_stance("default")

@@ -26,12 +26,13 @@ def links(page):
 
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory):
-    """The bundled model with one layer of each network left: shapes, classes and settings are the same."""
+    """The bundled model with one layer of each network left, and ten steps where none are named."""
     pipe = TransDiffPipeline.from_pretrained(DIGITS)
     networks = {name: getattr(pipe, name) for name in ("condition_encoder", "transformer")}
     pipe.register_modules(
         **{name: type(model).from_config(model.config, num_layers=1) for name, model in networks.items()}
     )
+    pipe.register_to_config(num_inference_steps=10)
     folder = tmp_path_factory.mktemp("shallow")
     pipe.save_pretrained(folder)
     return folder
@@ -39,11 +40,12 @@ def shallow(tmp_path_factory):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/diffusers.md", "docs/tour.md"])
 def test_python_blocks_run(page, tmp_path, shallow, monkeypatch):
-    if page == "docs/tour.md":  # which draws hundreds of images, and nobody looks at them here
+    is_long = page == "docs/tour.md"  # it draws hundreds of images, and nobody looks at them here
+    if is_long:
         monkeypatch.setattr(transdiff_pipelines, "DIGITS", shallow)
     if "torchao" in "".join(python_blocks(ROOT / page)) and find_spec("torchao") is None:
         pytest.skip("torchao is missing: make test-quantization")
-    run_page(ROOT / page, tmp_path)
+    run_page(ROOT / page, tmp_path, num_inference_steps=4 if is_long else None)
     assert any(tmp_path.iterdir())
     drawn = {Path(link).name for link in links(ROOT / page) if link.startswith("images/tour/")}
     assert drawn <= {path.name for path in tmp_path.iterdir()}

@@ -107,6 +107,21 @@ def test_a_kill_with_a_process_that_prepares_batches_changes_no_bit(make_config)
     check_kills(make_config, 1, 8, workers=1)
 
 
+@pytest.mark.timeout(900)
+def test_nothing_is_left_of_a_run_that_was_killed(make_config) -> None:
+    options = {"data.workers": 2, "schedule.steps": 100_000, "checkpoints.every": 100_000}
+    config = make_config(**options)
+    process = start(config)
+    while logged_steps(config) < 2:
+        assert process.is_alive()
+        time.sleep(0.005)
+    assert process.pid is not None
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) >= 2
+    process.kill()
+    assert psutil.wait_procs(started, timeout=120)[1] == []
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize(("num_kills", "steps", "workers"), [(7, 42, 0), (3, 18, 1)])

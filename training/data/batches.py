@@ -14,7 +14,10 @@ multiplier, C channels, s latent side.
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -276,10 +279,20 @@ def batch_loader(batches: GroupBatches, first: int, last: int, workers: int = 0)
         sampler=range(first, last),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),  # so that copies to the device do not wait
-        worker_init_fn=leave_interrupts_to_the_run,
+        worker_init_fn=follow_the_run,
     )
 
 
-def leave_interrupts_to_the_run(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal, and the run still wants its batch before it saves and stops."""
+def follow_the_run(worker: int) -> None:
+    """Leave Ctrl-C to the run, which still wants its batch before it saves and stops; and end when the run has ended.
+
+    torch's own workers look whether their parent lives. Where a server starts the processes ("forkserver", the way of
+    Python 3.14 on Linux) that is the server, which lives as long as its workers: after a kill neither would end.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
