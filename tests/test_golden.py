@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rounding import ROUNDINGS
 from safetensors import safe_open
 
 from training.data.batches import truncate_timesteps
@@ -27,8 +26,9 @@ from transdiff_pipelines.latents import pack_latents, unpack_latents
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 VAE = GOLDEN / "vae.checkpoint-last.pth"
 # A recording has the rounding of the processor that made it: a velocity in float64 is off it by up to 4.4e-5 of the
-# largest, and by as much in float32 where every sum is off by up to 8 eps.
-TOLERANCE = ROUNDINGS * torch.finfo(torch.float32).eps
+# largest, and another processor may be off as far to the other side. A loss is a mean, in which that averages out.
+TOLERANCE = 1e-4
+LOSS_TOLERANCE = 1e-5
 
 MODELS = ["one_step_256", "mrar_256", "one_step_512"]
 TRAJECTORIES = [("one_step_256", 0), ("one_step_256", 1), ("one_step_256", 2)]
@@ -64,11 +64,11 @@ def recorded(name: str) -> Recorded:
     return Recorded(pipe, tensors, meta)
 
 
-def assert_reproduces(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """The largest error is within `TOLERANCE` of the largest value."""
+def assert_reproduces(found: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    """The largest error is within `tolerance` of the largest value."""
     assert found.shape == expected.shape
     error = ((found - expected).abs().max() / expected.abs().max()).item()
-    assert error <= TOLERANCE, f"error {error:.1e} of the largest value, allowed {TOLERANCE:.1e}"
+    assert error <= tolerance, f"error {error:.1e} of the largest value, allowed {tolerance:.0e}"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -173,4 +173,4 @@ def test_training_loss(name: str):
         timesteps, noise = timesteps.unsqueeze(0), noise.unsqueeze(0)
     encoder, transformer = golden.pipe.condition_encoder, golden.pipe.transformer
     loss = prefix_losses(encoder, transformer, images, golden["labels"], timesteps, noise).mean()
-    assert_reproduces(loss.reshape(1), golden["loss.value"])
+    assert_reproduces(loss.reshape(1), golden["loss.value"], LOSS_TOLERANCE)
