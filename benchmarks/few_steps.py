@@ -6,7 +6,8 @@
 writes `few_steps_flows.{json,md,png}` and `few_steps_digits.{json,md,png}`. Quality is the Fréchet distance (the
 formula of the FID) on 64 pixels, the means of 4x4 blocks of the 32x32 image, to the training split: what the model
 learned, as the FID is commonly taken. All settings start from the same noise and labels, and the ratio to
-100-step Euler-Maruyama has a bootstrap interval over these pairs.
+100-step Euler-Maruyama has a bootstrap interval over these pairs. With `--student FOLDER` a flow map of the model is
+measured beside it.
 """
 
 import argparse
@@ -19,8 +20,8 @@ import numpy as np
 import torch
 from matplotlib.ticker import MaxNLocator
 
-from training.digits.quality import balanced_labels, load_pixels, pooled_pixels
-from training.evaluation.quality import BATCH_SIZE, frechet_distance, generate
+from training.digits.quality import balanced_labels, fit_recogniser, load_pixels, pooled_pixels, recognition
+from training.evaluation.quality import BATCH_SIZE, frechet_distance, generate, within_class_variance
 from transdiff_pipelines import DIGITS, FlowMatchEulerMaruyamaScheduler, TransDiffPipeline
 from transdiff_pipelines.files import home_path, new_file
 from transdiff_pipelines.generation import without_loading_bars
@@ -28,13 +29,14 @@ from transdiff_pipelines.generation import without_loading_bars
 from .common.known_flows import fitted_order, gaussian_errors, mixture_error, model_calls
 from .common.machine import describe
 from .common.report import command_line, markdown_table, plt, save_figure, write_json, write_text
-from .common.samplers import EULER_MARUYAMA, FIXED_GRID, Sampler, time_grids
+from .common.samplers import EULER_MARUYAMA, FIXED_GRID, FLOW_MAPS, Sampler, time_grids
 
 
 FLOW_CALLS = (5, 8, 10, 15, 20, 40, 80, 160, 320)
 FITTED_FROM = 40  # model calls; with fewer, errors do not yet fall as the order of the sampler says
 MIXTURE_CALLS = (5, 8, 10, 15, 20, 40, 100)
 DIGITS_CALLS = (5, 8, 10, 15, 20)
+STUDENT_CALLS = (1, 2, 3, 4)
 REFERENCE_CALLS = 100
 BOUND = 1.05  # of the ratio: fewer calls with an interval below it are taken to be no worse
 BOOTSTRAP_SEED = 0
@@ -156,14 +158,35 @@ def digits_settings(options: argparse.Namespace) -> list[tuple[Sampler, int]]:
     return [(sampler, calls) for calls in sorted(options.calls, reverse=True) for sampler in samplers]
 
 
-def digits(options: argparse.Namespace) -> dict[str, Any]:
-    """Quality of every setting, on the bundled model."""
+def load(folder: str | Path) -> TransDiffPipeline:
+    """The pipeline in a folder, on a GPU if there is one."""
     with without_loading_bars():
-        pipeline = TransDiffPipeline.from_pretrained(options.model)
+        pipeline = TransDiffPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline
+
+
+def digits(options: argparse.Namespace) -> dict[str, Any]:
+    """Quality of every setting, on the bundled model and its student."""
+    pipeline = load(options.model)
     config = dict(pipeline.scheduler.config)
-    real, _ = load_pixels(options.data, "train")
+    compared = [(pipeline, *setting) for setting in digits_settings(options)]
+    if options.student is not None:
+        student = load(options.student)
+        compared += [(student, sampler, calls) for sampler in FLOW_MAPS for calls in STUDENT_CALLS]
+    real, real_labels = load_pixels(options.data, "train")
+    labels, recogniser = balanced_labels(options.num_images), fit_recogniser(real, real_labels)
+    real_variance = within_class_variance(real, real_labels)
+
+    def measures(pixels: np.ndarray) -> dict[str, float]:
+        return {
+            "frechet": frechet_distance(pixels, real),
+            "recognised": recognition(recogniser, pixels, labels),
+            "variance": within_class_variance(pixels, labels) / real_variance,
+        }
+
+    baseline = pixels_of(pipeline, config, EULER_MARUYAMA, REFERENCE_CALLS, options)
     result: dict[str, Any] = {
         "command": command_line("benchmarks.few_steps"),
         "machine": describe(pipeline.device),
@@ -173,16 +196,15 @@ def digits(options: argparse.Namespace) -> dict[str, Any]:
         "drift_scale": config["drift_scale"],
         "diffusion_scale": config["diffusion_scale"],
         "num_images_in_sequence": pipeline.condition_encoder.num_images,
+        "reference": measures(baseline),
         "rows": [],
     }
-    baseline = pixels_of(pipeline, config, EULER_MARUYAMA, REFERENCE_CALLS, options)
-    result["reference_frechet"] = frechet_distance(baseline, real)
-    for sampler, calls in digits_settings(options):
-        pixels = pixels_of(pipeline, config, sampler, calls, options)
+    for model, sampler, calls in compared:
+        pixels = pixels_of(model, config, sampler, calls, options)
         ratio, low, high = ratio_with_interval(pixels, baseline, real)
         steps = sampler.steps_within(calls)
         row = {"sampler": sampler.name, "steps": steps, "calls": model_calls(sampler.make(config), steps)}
-        row |= {"frechet": frechet_distance(pixels, real), "ratio": ratio, "low": low, "high": high}
+        row |= {"ratio": ratio, "low": low, "high": high} | measures(pixels)
         print(row, flush=True)
         result["rows"].append(row)
         write_digits(result, options.output)
@@ -207,23 +229,28 @@ def digits_markdown(result: dict[str, Any]) -> str:
             f"{row['frechet']:.3f}",
             f"{row['ratio']:.3f}",
             f"{row['low']:.3f} to {row['high']:.3f}",
+            f"{row['recognised']:.2%}",
+            f"{row['variance']:.3f}",
         ]
         for row in rows
     ]
-    machine = result["machine"]
+    machine, reference = result["machine"], result["reference"]
     introduction = (
         f"{result['images']:,} images a setting, seed {result['seed']}, guidance {result['guidance_scale']}, drift "
         f"scale {result['drift_scale']}, diffusion scale {result['diffusion_scale']}; {REFERENCE_CALLS} "
-        f"Euler-Maruyama steps: {result['reference_frechet']:.3f}. {machine['processor']}, {machine['date']}."
+        f"Euler-Maruyama steps: {reference['frechet']:.3f}, {reference['recognised']:.2%} recognised, variance within "
+        f"a class {reference['variance']:.3f} of that of the training digits. {machine['processor']}, "
+        f"{machine['date']}."
     )
     header = ["sampler", "steps", "model calls", "Fréchet distance", "ratio to Euler-Maruyama 100", "95% interval"]
+    header += ["recognised", "variance"]
     return "\n\n".join([f"`{result['command']}`", introduction, markdown_table(header, lines)])
 
 
 def digits_figure(result: dict[str, Any]) -> Any:
     """Ratio against model calls with its interval, one line a sampler of the standard grid."""
     drawn, axes = plt.subplots(figsize=(8, 4.8))
-    standard = {sampler.name for sampler in FIXED_GRID}
+    standard = {sampler.name for sampler in (*FIXED_GRID, *FLOW_MAPS)}
     for name in dict.fromkeys(row["sampler"] for row in result["rows"]):
         rows = sorted((row for row in result["rows"] if row["sampler"] == name), key=lambda row: row["calls"])
         calls, ratios = [row["calls"] for row in rows], [row["ratio"] for row in rows]
@@ -248,6 +275,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=home_path, required=True, help="results go to OUTPUT_flows.json and so on")
     parser.add_argument("--mixture-samples", type=int, default=400_000)
     parser.add_argument("--model", default=DIGITS, help="folder of a digits pipeline; the bundled one by default")
+    parser.add_argument("--student", help="folder of a flow map of --model, to measure with 1 to 4 calls beside it")
     parser.add_argument("--data", type=home_path, help="folder written by training.digits.export")
     parser.add_argument("--num-images", type=int, default=2000, help="images a setting, a multiple of ten")
     parser.add_argument("--seed", type=int, default=0, help="other noise for all: to confirm what another one chose")

@@ -72,7 +72,7 @@ def test_a_published_card_tells_the_published_numbers_and_whose_they_are(model) 
     assert f"--model {model.folder} " in card.text
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, "digits"])
+@pytest.mark.parametrize("name", [*PUBLISHED, "digits", "digits_flow_map"])
 def test_a_card_has_every_section_and_code_that_parses(name: str) -> None:
     text = read(name).text
     sections = re.findall(r"^## (.*)$", text, re.MULTILINE)

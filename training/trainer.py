@@ -139,8 +139,9 @@ class Trainer:
         sharding = self.config.sharding if self.accelerator.num_processes > 1 else "no"
         self.engine = ENGINES[sharding](self.module, self.config, self.accelerator)
         if self.config.compile != "no":
-            for network in (self.module.condition_encoder, self.module.transformer):
-                network.compile_repeated_blocks(backend=self.config.compile)
+            for networks in (self.module, self.teacher.pipe) if self.teacher is not None else (self.module,):
+                networks.condition_encoder.compile_repeated_blocks(backend=self.config.compile)
+                networks.transformer.compile_repeated_blocks(backend=self.config.compile)
         self.ema = WeightAverage(self.module, self.config.ema.decay, self.config.ema.warmup)
 
     @property

@@ -10,7 +10,7 @@ from diffusers import (
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from transdiff_pipelines import FlowMatchEulerMaruyamaScheduler, FlowMatchSDEMultistepScheduler
+from transdiff_pipelines import FlowMapScheduler, FlowMatchEulerMaruyamaScheduler, FlowMatchSDEMultistepScheduler
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ DPM_2M = Sampler("DPM-Solver++ 2M (ODE)", DPMSolverMultistepScheduler)
 UNIPC = Sampler("UniPC (ODE)", UniPCMultistepScheduler)
 
 FIXED_GRID = (EULER_MARUYAMA, SDE_1, SDE_2, SDE_2_FEW_STEPS, EULER_ODE, HEUN_ODE, DPM_2M, UNIPC)
+
+FLOW_MAPS = (on_grid(FlowMapScheduler, "flow map"), on_grid(FlowMapScheduler, "flow map", renoise=0.2))
 
 
 def time_grids() -> list[Sampler]:

@@ -12,7 +12,10 @@ def demo(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", help="Folder or Hub repository of a pipeline.", show_default="the bundled digits"
+            "--model",
+            "-m",
+            help="Folder or Hub repository of a pipeline, or digits-flow-map.",
+            show_default="the bundled digits",
         ),
     ] = None,
     host: Annotated[

@@ -52,7 +52,7 @@ def generate(
         typer.Option(
             "--model",
             "-m",
-            help="Folder or Hub repository of a pipeline.",
+            help="Folder or Hub repository of a pipeline, or digits-flow-map.",
             show_default="the bundled digits",
         ),
     ] = None,

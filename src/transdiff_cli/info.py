@@ -15,7 +15,9 @@ MAX_CLASSES_SHOWN = 20
 def info(
     model: Annotated[
         str | None,
-        typer.Argument(help="Folder or Hub repository of a pipeline.", show_default="the bundled digits"),
+        typer.Argument(
+            help="Folder or Hub repository of a pipeline, or digits-flow-map.", show_default="the bundled digits"
+        ),
     ] = None,
     search: Annotated[
         str | None,

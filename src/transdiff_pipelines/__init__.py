@@ -34,6 +34,9 @@ __version__ = "0.1.0"
 DIGITS = Path(__file__).parent / "checkpoints" / "digits"
 """Folder of the bundled checkpoint: an MRAR model of handwritten digits."""
 
+DIGITS_FLOW_MAP = DIGITS.with_name("digits_flow_map")
+"""Folder of its flow map, which draws the digits in one to four calls; `TransDiffPipeline.from_pretrained` loads it."""
+
 register_with_diffusers(
     ARConditionEncoder,
     TransDiffTransformer2DModel,
@@ -48,6 +51,7 @@ register_hook_targets([ARTransformerBlock, TransDiffTransformerBlock], TransDiff
 
 __all__ = [
     "DIGITS",
+    "DIGITS_FLOW_MAP",
     "ARConditionEncoder",
     "FlowMapScheduler",
     "FlowMatchEulerMaruyamaScheduler",

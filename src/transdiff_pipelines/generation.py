@@ -24,7 +24,7 @@ from diffusers.utils import logging as diffusers_logging
 from diffusers.utils import make_image_grid
 from PIL import Image, PngImagePlugin
 
-from . import DIGITS, __version__
+from . import DIGITS, DIGITS_FLOW_MAP, __version__
 from .files import pipeline_folder, why_no_pipeline
 from .hub_access import check_hub_has
 from .loaders.original_repository import explain_original_repository
@@ -52,6 +52,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 PNG_KEY = "transdiff"
 """Keyword of the PNG text chunk that holds the settings as JSON."""
+
+BUNDLED = {"digits": DIGITS, "digits-flow-map": DIGITS_FLOW_MAP}
+"""Names of the models that come with the package, and their folders."""
 
 MAX_IMAGES = 100_000
 MAX_STEPS = 10_000
@@ -380,9 +383,14 @@ def without_loading_bars() -> Iterator[None]:
 
 
 def model_source(model: str | None) -> str:
-    """What `from_pretrained` loads for `model`; an error, as in `load_pipeline`, where that cannot be a pipeline."""
+    """What `from_pretrained` loads for `model`; an error, as in `load_pipeline`, where that cannot be a pipeline.
+
+    The name of a bundled model is one, unless there is a file or folder of that name.
+    """
     if model is None:
         return str(DIGITS)
+    if model in BUNDLED and not Path(model).exists():
+        return str(BUNDLED[model])
     if Path(model).is_file():
         raise ValueError(
             f"model {model} is a file; expected a pipeline's folder. A released checkpoint is converted first: "
@@ -393,7 +401,10 @@ def model_source(model: str | None) -> str:
         if _is_repository_name(model):
             check_hub_has(model)
             return model
-        raise FileNotFoundError(f"model {model} does not exist; expected a pipeline's folder or a Hub OWNER/NAME")
+        raise FileNotFoundError(
+            f"model {model} does not exist; expected a pipeline's folder, a Hub OWNER/NAME or one of the bundled "
+            f"{' and '.join(BUNDLED)}"
+        )
     place = pipeline_folder(folder)
     if (place / "model_index.json").is_file():
         return str(place)

@@ -117,10 +117,11 @@ def published_card(model: PublishedModel) -> str:
 
 
 def digits_card(folder: Path) -> str:
-    """The card of the bundled digits model, with the results of its folder's quality.json where there is one."""
+    """The card of a bundled digits model, with the results of its folder's quality.json where there is one."""
     quality_path = folder / QUALITY_NAME
     quality = json.loads(quality_path.read_text(encoding="utf-8")) if quality_path.is_file() else None
-    title = "TransDiff digits, MRAR, 32×32"
+    is_flow_map = _is_flow_map(folder)
+    title = "TransDiff digits, MRAR, 32×32" + (", flow map" if is_flow_map else "")
     data = _metadata(
         tags=["digits"],
         license="mit",
@@ -133,11 +134,23 @@ def digits_card(folder: Path) -> str:
         "Recognition of Handwritten Digits*, UCI, CC BY 4.0), enlarged from 8×8 to 32×32 pixels, with the "
         "configurations `digits_1step.yaml` and `digits_mrar.yaml` of `training/configs`."
     )
-    usage = _usage("DIGITS", 7, extra_import="DIGITS, ")
+    name = "DIGITS"
+    if is_flow_map:
+        name = "DIGITS_FLOW_MAP"
+        origin = (
+            "This is the flow map of the small model of handwritten digits that comes with the package, `DIGITS`: it "
+            "goes from noise to a digit in one to four calls of the diffusion transformer, where that model takes a "
+            "hundred steps. It learned the paths of that model with the configuration `digits_flow_map.yaml` of "
+            "`training/configs`. Autoregressive transformer and VAE are those of `DIGITS`, and their weights are "
+            "stored there alone."
+        )
+    usage = _usage(name, 7, extra_import=f"{name}, ")
     limits = [
         "It draws grey digits as they were written on forms by a few dozen people, and nothing else.",
         "Its training images were 8×8 pixels: 32×32 is smooth, not detailed.",
     ]
+    if is_flow_map:
+        limits.append("Its best is its teacher's probability-flow ODE, which varies less within a class than the SDE.")
     sections = [origin, *_saved_facts(folder), usage]
     if quality:
         measured = (
@@ -251,10 +264,12 @@ def adapter_card(
     )
 
 
-def all_cards(digits: Path, emoji: Path | None = None) -> dict[str, str]:
+def all_cards(digits: Path, flow_map: Path | None = None, emoji: Path | None = None) -> dict[str, str]:
     """File name to text of every card that the command writes, from the bundled models' folders, where they exist."""
     cards = {f"{model.folder}.md": published_card(model) for model in PUBLISHED.values()}
     cards["digits.md"] = digits_card(digits)
+    if flow_map is not None:
+        cards["digits_flow_map.md"] = digits_card(flow_map)
     return cards | ({"emoji.md": emoji_card(emoji)} if emoji is not None and emoji.is_dir() else {})
 
 
@@ -424,6 +439,11 @@ def _first_name(folder: Path) -> int | str:
     names = json.loads(index.read_text(encoding="utf-8")).get("id2label") if index.is_file() else None
     known = list((names or {}).values())
     return "dog face" if "dog face" in known or not known else known[0]
+
+
+def _is_flow_map(folder: Path) -> bool:
+    path = folder / "transformer" / "config.json"
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("num_flow_map_layers", 0) > 0
 
 
 def _saved_facts(folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from tests.tiny import tiny_encoder, tiny_pipeline, tiny_transformer
 from training.cache_latents import cache_latents
 from training.data.latent_cache import LatentCache
 from training.settings.config import DataConfig, TrainConfig, build
@@ -106,5 +107,32 @@ def make_config(cache: LatentCache, data_config: DataConfig, tmp_path: Path):
                 section = section.setdefault(name, {})
             section[last] = value
         return build(TrainConfig, tree)
+
+    return make
+
+
+@pytest.fixture
+def flow_map_config(make_config, vae: Path, tmp_path: Path):
+    """A run's configuration with a teacher of the data's classes: `flow_map_config("name", patch_size, **changes)`."""
+
+    def make(output: str = "run", patch_size: int = 2, **changes):
+        folder = tmp_path / f"teacher-{patch_size}"
+        if not folder.exists():
+            parts = {"condition_encoder": tiny_encoder(patch_size), "transformer": tiny_transformer(num_layers=2)}
+            pipe = tiny_pipeline(vae=AutoencoderKL.from_pretrained(vae), **parts)
+            pipe.resize_class_embeddings(dict(enumerate(CLASS_SIZES)))
+            pipe.save_pretrained(folder)
+        sizes = ("encoder_layers", "decoder_layers", "num_attention_heads", "attention_head_dim", "num_class_tokens")
+        settings = dict.fromkeys((f"model.{name}" for name in sizes), None) | {
+            "model.start_from": str(folder),
+            "model.patch_size": patch_size,
+            "model.dropout": 0.0,
+            "model.frozen": ["condition_encoder"],
+            "model.flow_map_layers": 1,
+            "loss.kind": "flow_map",
+            "loss.teacher_steps": 4,
+            "loss.label_dropout": 0.0,
+        }
+        return make_config(output, **(settings | changes))
 
     return make

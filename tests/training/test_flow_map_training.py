@@ -6,12 +6,11 @@ from statistics import median
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from rounding import CURVE
 from test_sharding import run_split
 from test_train import final_tensors, losses, train
 
-from tests.tiny import tiny_encoder, tiny_pipeline, tiny_transformer
+from tests.tiny import tiny_encoder, tiny_transformer
 from training.data.batches import flow_map_grid, flow_map_intervals
 from training.model.build import TrainingModel
 from training.model.flow_map import FlowMapTeacher
@@ -24,7 +23,6 @@ from transdiff_pipelines import FlowMapScheduler, TransDiffPipeline
 
 K = 6
 MEAN, STD = 2.0, 0.5
-NAMES = {0: "1", 1: "2", 2: "10"}
 LABELS = torch.tensor([0, 3, 1])
 
 
@@ -60,18 +58,34 @@ def gaussian_point(noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 class TestIntervals:
-    def test_they_go_forward_and_every_kind_is_there(self):
+    def drawn(self, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         normal = torch.randn(20_000, 4, 3, generator=torch.Generator().manual_seed(0))
-        begin, end = flow_map_intervals(normal, K)
-        assert begin.max() < K
+        begin, end = flow_map_intervals(normal, steps)
+        assert begin.max() < steps
         assert (begin[:, 0] == end[:, 0]).all()
-        begin, end = begin[:, 1:], end[:, 1:]
+        assert set(begin[:, 0].tolist()) == set(range(steps))
+        return begin[:, 1:].flatten(), end[:, 1:].flatten()
+
+    @pytest.mark.parametrize("steps", [2, 5, 6, 8, 12])
+    def test_they_go_forward_and_every_pair_of_places_is_there(self, steps):
+        begin, end = self.drawn(steps)
         assert (begin < end).all()
-        assert end.max() == K
-        all_the_way = ((begin == 0) & (end == K)).float().mean().item()
-        assert 1 / 3 < all_the_way < 1 / 2  # of the other kinds some do too
-        pairs = {(int(b), int(e)) for b, e in zip(begin.flatten(), end.flatten(), strict=True)}
-        assert len(pairs) == K * (K + 1) // 2
+        assert end.max() == steps
+        pairs = {(int(b), int(e)) for b, e in zip(begin, end, strict=True)}
+        assert len(pairs) == steps * (steps + 1) // 2
+
+    @pytest.mark.parametrize(("steps", "several"), [(2, (2,)), (5, ()), (6, (2, 3)), (8, (2, 4)), (12, (2, 3, 4))])
+    def test_most_are_those_of_the_sampler(self, steps, several):
+        """The shares follow from the definition: 0.4 for one call, 0.4 for the others, 0.2 for any of all pairs."""
+        begin, end = self.drawn(steps)
+        anywhere = 0.2 / (steps * (steps + 1) / 2)
+        all_the_way = ((begin == 0) & (end == steps)).double().mean().item()
+        assert all_the_way == pytest.approx((0.4 if several else 0.8) + anywhere, abs=0.02)
+        for calls in several:
+            width = steps // calls
+            for call in range(calls):
+                share = ((begin == call * width) & (end == (call + 1) * width)).double().mean().item()
+                assert share == pytest.approx(0.4 / len(several) / calls + anywhere, abs=0.01)
 
     def test_grids_fall_in_whole_timesteps_even_or_moved(self):
         grids = [flow_map_grid(K, torch.Generator().manual_seed(seed)) for seed in range(40)]
@@ -175,33 +189,6 @@ class TestTeacher:
         assert not any(parameter.requires_grad for parameter in teacher.pipe.transformer.parameters())
 
 
-@pytest.fixture
-def flow_map_config(make_config, vae: Path, tmp_path: Path):
-    """A run's configuration with a teacher of the data's classes: `flow_map_config("name", patch_size, **changes)`."""
-
-    def make(output: str = "run", patch_size: int = 2, **changes):
-        folder = tmp_path / f"teacher-{patch_size}"
-        if not folder.exists():
-            parts = {"condition_encoder": tiny_encoder(patch_size), "transformer": tiny_transformer(num_layers=2)}
-            pipe = tiny_pipeline(vae=AutoencoderKL.from_pretrained(vae), **parts)
-            pipe.resize_class_embeddings(NAMES)
-            pipe.save_pretrained(folder)
-        sizes = ("encoder_layers", "decoder_layers", "num_attention_heads", "attention_head_dim", "num_class_tokens")
-        settings = dict.fromkeys((f"model.{name}" for name in sizes), None) | {
-            "model.start_from": str(folder),
-            "model.patch_size": patch_size,
-            "model.dropout": 0.0,
-            "model.frozen": ["condition_encoder"],
-            "model.flow_map_layers": 1,
-            "loss.kind": "flow_map",
-            "loss.teacher_steps": 4,
-            "loss.label_dropout": 0.0,
-        }
-        return make_config(output, **(settings | changes))
-
-    return make
-
-
 class TestRuns:
     def test_the_finished_pipeline_is_a_flow_map(self, flow_map_config):
         config = flow_map_config(**{"schedule.steps": 2, "preview.every": 2, "preview.num_inference_steps": 2})
@@ -223,8 +210,10 @@ class TestRuns:
         found = losses(config.output)
         assert median(found[-10:]) < 0.7 * median(found[:10])
 
-    def test_a_resumed_run_is_bit_identical_to_one_that_went_through(self, flow_map_config):
+    @pytest.mark.parametrize("kind", ["fused", "muon"])
+    def test_a_resumed_run_is_bit_identical_to_one_that_went_through(self, flow_map_config, kind):
         options = {"schedule.steps": 5, "checkpoints.keep": 3, "optimizer.gradient_accumulation": 2}
+        options |= {"optimizer.kind": kind}
         options |= {"model.frozen": [], "model.dropout": 0.3, "schedule.decay": "cosine"}
         whole, killed = flow_map_config("whole", **options), flow_map_config("killed", **options)
         train(whole)
@@ -249,6 +238,16 @@ class TestRuns:
         two = flow_map_config("two", **options | {"data.batch_size": 2, "sharding": sharding})
         run_split(two)
         assert losses(two.output) == pytest.approx(losses(one.output), rel=CURVE)
+
+    def test_compiled_blocks_leave_the_curve_alone(self, flow_map_config):
+        options = {"schedule.steps": 2, "checkpoints.every": 100}
+        plain, compiled = flow_map_config("plain", **options), flow_map_config("other", **options, compile="aot_eager")
+        train(plain)
+        trainer = train(compiled)
+        assert trainer.teacher is not None
+        for block in trainer.teacher.pipe.transformer.transformer_blocks:
+            assert block._compiled_call_impl is not None
+        assert losses(compiled.output) == pytest.approx(losses(plain.output), rel=CURVE)
 
     def test_another_teacher_is_another_run(self, flow_map_config, tmp_path: Path):
         config = flow_map_config(**{"schedule.steps": 2})

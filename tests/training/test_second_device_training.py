@@ -48,6 +48,7 @@ RUNS = {
     "images": {"data.cache": None},
     "bf16": {"mixed_precision": "bf16"},
     "bf16, images": {"mixed_precision": "bf16", "data.cache": None},
+    "Muon": {"optimizer.kind": "muon"},
 }
 REPORTED = {"validation.fraction": 0.3, "validation.every": 2, "preview.every": 4, "preview.num_inference_steps": 1}
 
@@ -71,6 +72,12 @@ def test_a_run_gives_the_cpu_s_losses(make_config, data_config, name: str) -> No
     pipe = TransDiffPipeline.from_pretrained(Path(configs[1].output) / "pipeline")
     averaged = load_file(checkpoint_folders(Path(configs[1].output))[-1] / "state" / "ema.safetensors")
     assert torch.equal(pipe.transformer.proj_out.weight, averaged["transformer.proj_out.weight"])
+
+
+@pytest.mark.parametrize("changes", [{}, {"model.patch_size": 1}, {"mixed_precision": "bf16"}], ids=str)
+def test_a_flow_map(flow_map_config, changes: dict) -> None:
+    settings = {"patch_size": changes.get("model.patch_size", 2)} | REPORTED | changes
+    compare([flow_map_config(output, **settings) for output in ("cpu", "elsewhere")], str(changes))
 
 
 def test_lora(make_config) -> None:
@@ -111,17 +118,30 @@ WAITING_RUNS = [
     {"data.cache": None},
     {"mixed_precision": "bf16"},
     {"optimizer.kind": "adamw"},
+    {"optimizer.kind": "muon"},
 ]
 
 
 @pytest.mark.parametrize("trainer", WAITING_RUNS, indirect=True, ids=str)
 def test_a_step_waits_for_the_device_once(trainer: Trainer) -> None:
     """When it reads the gradients' norm, which decides whether to step at all, and with it the losses."""
+    steps_wait_once(trainer)
+
+
+def steps_wait_once(trainer: Trainer) -> None:
     for index in range(3):
         with waits_counted() as waits:
             losses, _ = trainer.train_step([trainer.batches[index]])
         assert len(waits) == 1, "\n".join(waits)
         assert losses.device.type == "cpu"
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_a_step_of_a_flow_map_waits_once(flow_map_config, patch_size: int) -> None:
+    """Its teacher's solver too reads nothing back."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with second_device(), mock.patch.object(PartialState, "default_device", DEVICE):
+        steps_wait_once(Trainer(flow_map_config(patch_size=patch_size)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

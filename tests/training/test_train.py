@@ -1,5 +1,6 @@
 """Whole runs on tiny models: resuming, kills, bad steps, inheritance, two processes."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -19,8 +20,8 @@ from safetensors.torch import load_file
 
 from training.distributed.interruption import TrainingStopped
 from training.distributed.processes import check_distribution
-from training.model.build import parameter_groups
 from training.model.ema import WeightAverage
+from training.model.optimizer import build_optimizer, parameter_groups
 from training.model.schedule import LearningRate
 from training.outputs.checkpoints import CheckpointError, checkpoint_folders, find_checkpoints
 from training.settings.config import ConfigError, ScheduleConfig, TrainConfig, to_dict
@@ -197,6 +198,49 @@ def test_compiled_blocks_leave_the_curve_alone_and_the_checkpoint_too(make_confi
     train(make_config("compiled", **options, compile="aot_eager"))
     assert losses(make_config("compiled").output) == pytest.approx(losses(make_config("plain").output), rel=CURVE)
     assert final_tensors(make_config("compiled").output).keys() == final_tensors(make_config("plain").output).keys()
+
+
+def test_muon_and_adamw_are_pytorch_s_own(make_config) -> None:
+    """Stepped as one, after loading too, they do what each does by itself."""
+    trainer = Trainer(make_config(**{"optimizer.kind": "muon"}))
+    module, settings = trainer.module, trainer.config.optimizer
+    apart = copy.deepcopy(module)
+    matrices, others = [], []
+    for name, value in apart.named_parameters():
+        if value.requires_grad:
+            (matrices if ".transformer_blocks." in name and value.ndim == 2 else others).append((name, value))
+    assert matrices
+    rate, betas = settings.learning_rate, (settings.beta1, settings.beta2)
+
+    def groups(named):  # the decoder's weights do not decay
+        decayed = [value for name, value in named if value.ndim > 1 and name.startswith("condition_encoder.")]
+        plain = [value for name, value in named if not (value.ndim > 1 and name.startswith("condition_encoder."))]
+        return [{"params": decayed, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}]
+
+    muon = torch.optim.Muon(groups(matrices), lr=rate, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(groups(others), lr=rate, betas=betas)
+    whole = build_optimizer(module, settings)
+    start = copy.deepcopy(apart.state_dict())
+    for step in range(3):
+        if step == 2:
+            state = copy.deepcopy(whole.state_dict())
+            whole = build_optimizer(module, settings)
+            whole.load_state_dict(state)
+        generator = torch.Generator().manual_seed(step)
+        for one, other in zip(module.parameters(), apart.parameters(), strict=True):
+            if one.requires_grad:
+                one.grad = other.grad = torch.randn(one.shape, generator=generator)
+        for optimizer in (whole, muon, adamw):
+            optimizer.step()
+    for name, value in apart.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value), name
+    assert not any(torch.equal(value, start[name]) for name, value in (*matrices, *others))
+
+
+def test_muon_says_which_pytorch_has_it(make_config, monkeypatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ConfigError, match=r"needs PyTorch 2\.9 or later"):
+        Trainer(make_config(**{"optimizer.kind": "muon"}))
 
 
 def test_8_bit_adamw_is_built_or_says_what_to_install(make_config) -> None:

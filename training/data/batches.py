@@ -32,6 +32,9 @@ from transdiff_pipelines.latents import NUM_TRAIN_TIMESTEPS
 
 Batch = dict[str, Tensor]
 
+SAMPLER_INTERVALS = 0.8
+"""The share of a flow map's intervals, of those with a length, that are the sampler's."""
+
 
 class TrainingData(Protocol):
     """Labelled images to draw batches from: a `LatentCache`, or `ImageData`.
@@ -89,17 +92,20 @@ def logit_normal_timesteps(normal: Tensor) -> Tensor:
 def flow_map_intervals(normal: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Standard normal numbers `(..., m, 3)` to where flow maps begin and end, `(..., m)` places on a grid of `steps`.
 
-    A third goes all the way, as the sampler does with one call; a sixth begins at the noise, a fifth ends at the
-    image, the rest lies anywhere. The first of the m has no length: there the average velocity is the velocity.
+    Four of five are intervals of the sampler with one to four calls, as far as the grid has their points, and half of
+    these go all the way. The others lie anywhere: for editing, which begins later, and for other numbers of calls. The
+    first of the m has no length: there the average velocity is the velocity.
     """
     kind, one, other = torch.special.ndtr(normal.double()).unbind(-1)
     place = (one * (steps + 1)).long().clamp(max=steps)
     another = (place + 1 + (other * steps).long().clamp(max=steps - 1)) % (steps + 1)
     begin, end = torch.minimum(place, another), torch.maximum(place, another)
-    begin, end = (
-        begin.masked_fill(kind < 1 / 2, 0),
-        end.masked_fill((kind < 1 / 3) | ((kind >= 1 / 2) & (kind < 0.7)), steps),
-    )
+    several = [calls for calls in (2, 3, 4) if steps % calls == 0] or [1]
+    for number, calls in enumerate([1] * len(several) + several):
+        of_this_kind = (kind * 2 * len(several) / SAMPLER_INTERVALS).floor() == number
+        call = (one * calls).long().clamp(max=calls - 1)
+        begin = torch.where(of_this_kind, call * (steps // calls), begin)
+        end = torch.where(of_this_kind, (call + 1) * (steps // calls), end)
     begin[..., 0] = end[..., 0] = (one[..., 0] * steps).long().clamp(max=steps - 1)
     return begin, end
 

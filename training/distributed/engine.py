@@ -20,8 +20,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from training.model.build import TrainingModel, build_optimizer
+from training.model.build import TrainingModel
 from training.model.ema import local
+from training.model.optimizer import build_optimizer
 from training.settings.config import TrainConfig
 
 

@@ -17,7 +17,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from training.model.build import TrainingModel, build_optimizer
+from training.model.build import TrainingModel
+from training.model.optimizer import build_optimizer
 from training.settings.config import ConfigError, TrainConfig
 
 from .engine import Engine, Step, spoiled_if_bad

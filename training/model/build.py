@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from training.data.batches import TrainingData
 from training.data.vae import tensors_digest
-from training.settings.config import ConfigError, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
+from training.settings.config import ConfigError, LoraConfig, ModelConfig, TrainConfig
 from transdiff_pipelines import (
     ARConditionEncoder,
     FlowMapScheduler,
@@ -315,35 +315,6 @@ def freeze(built: TrainingModel, model: ModelConfig) -> list[str]:
         built.condition_encoder.reference_projection.requires_grad_(False)
         notes.append("frozen: condition_encoder.reference_projection (nothing reads it in a 1-step model)")
     return notes
-
-
-def parameter_groups(built: TrainingModel, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: no weight decay on 1-D tensors, nor on anything in the diffusion decoder."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in built.named_parameters():
-        if parameter.requires_grad:
-            decays = parameter.ndim > 1 and not name.startswith("transformer.")
-            (decayed if decays else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def build_optimizer(built: TrainingModel, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW of the kind asked for.
-
-    Raises:
-        ConfigError: if 8-bit AdamW is asked for and bitsandbytes is not installed.
-    """
-    groups = parameter_groups(built, optimizer.weight_decay)
-    arguments: dict[str, Any] = {"lr": optimizer.learning_rate, "betas": (optimizer.beta1, optimizer.beta2)}
-    if optimizer.kind == "8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise ConfigError("optimizer.kind=8bit needs bitsandbytes: pip install bitsandbytes") from error
-        return AdamW8bit(groups, **arguments)
-    return torch.optim.AdamW(groups, fused=True if optimizer.kind == "fused" else None, **arguments)
 
 
 def recommended_by(folder: str | None) -> dict[str, Any]:

@@ -234,8 +234,10 @@ class OptimizerConfig:
         "data.batch_size and the number of processes",
         free_on_resume=True,
     )
-    kind: Literal["fused", "adamw", "8bit"] = option(
-        "fused", "PyTorch's AdamW in one kernel, in several, or bitsandbytes' 8-bit AdamW (to be installed for it)"
+    kind: Literal["fused", "adamw", "8bit", "muon"] = option(
+        "fused",
+        "PyTorch's AdamW in one kernel, in several, or bitsandbytes' 8-bit AdamW (to be installed for it); muon: "
+        "PyTorch's Muon for the matrices of the blocks, AdamW for all else, at the same learning rate",
     )
     max_bad_steps: int = option(
         5, "stop after this many steps in a row whose loss or gradient is not finite", free_on_resume=True
@@ -430,6 +432,7 @@ class TrainConfig:
             "lora.rank": self.lora.rank is not None,
             "mixed_precision=fp16": self.mixed_precision == "fp16",
             "optimizer.kind=8bit": self.optimizer.kind == "8bit",
+            "optimizer.kind=muon": self.optimizer.kind == "muon",
             "compile": self.compile != "no",
         }
         wrong = [name for name, is_set in unsplit.items() if is_set and self.sharding != "no"]

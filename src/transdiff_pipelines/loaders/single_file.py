@@ -11,6 +11,7 @@ from ..diffusers_internals import diffusers_internal
 from ..files import INDEX, pipeline_folder, why_no_pipeline
 from .original_checkpoint import load_original_components
 from .original_repository import explain_original_repository
+from .shared_weights import load_shared
 
 
 class TransDiffSingleFileMixin:
@@ -47,6 +48,8 @@ class TransDiffSingleFileMixin:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
         """`DiffusionPipeline.from_pretrained`, which also takes the folder of a training run.
 
+        It alone loads a folder that shares weights with the one beside it, as that of `DIGITS_FLOW_MAP` does.
+
         Raises:
             OSError: a folder without a pipeline; the message says what it is, and of the authors' own checkpoints how
                 to convert them.
@@ -58,6 +61,7 @@ class TransDiffSingleFileMixin:
             source = pipeline_folder(source)
             if not (source / INDEX).is_file():
                 raise OSError(f"{source} {why_no_pipeline(source)}")
+            kwargs |= load_shared(source, kwargs)
         return super().from_pretrained(source, **kwargs)  # type: ignore[misc]
 
 
