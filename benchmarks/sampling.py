@@ -35,6 +35,7 @@ from .common.peers import (
     Peer,
     ReleasedCode,
     Setting,
+    flow_map_students,
     load_peers,
 )
 from .common.report import command_line, markdown_table, plt, save_figure, significant, write_json, write_text
@@ -180,6 +181,8 @@ def decode_seconds(peers: Sequence[Peer], setting: Setting) -> float | None:
 def run_setting(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one setting; the memory of its models is free again afterwards."""
     peers = load_peers(setting, options.reference, options.dit, options.float32)
+    if options.flow_map:
+        peers += flow_map_students(setting)
     rows = measure(peers, setting, options.rounds, options.dit_steps)  # first: a first call may compile
     steps = min(setting.steps, CHECKED_STEPS)
     errors = {
@@ -187,9 +190,17 @@ def run_setting(setting: Setting, options: argparse.Namespace) -> dict[str, Any]
         "relative_error_to_float32": relative_error(peers, OurFloat32, setting, steps),
     }
     decoding = decode_seconds(peers, setting) if options.decode else None
+    students = [row for peer, row in zip(peers, rows, strict=True) if isinstance(peer, FlowMapStudent)]
+    others = [row for row in rows if row not in students]
+    over_students = [compare([row, other])[0] for row in students for other in others]
     del peers
     gc.collect()
-    return {"rows": rows, "comparisons": compare(rows), "decode_seconds": decoding} | errors
+    return {
+        "rows": rows,
+        "comparisons": compare(rows),
+        "over_students": over_students,
+        "decode_seconds": decoding,
+    } | errors
 
 
 def settings_of(options: argparse.Namespace) -> list[Setting]:
@@ -313,6 +324,39 @@ def ratio_table(result: dict[str, Any]) -> str:
     return markdown_table(header, rows)
 
 
+def student_table(result: dict[str, Any]) -> str:
+    """Full calls over those of the flow maps as Markdown, none without them; more than 1: the flow map is faster."""
+    entries = [entry for setting in result["settings"] for entry in setting.get("over_students", [])]
+    if not entries:
+        return ""
+    header = ["model", "flow map", "over it", "full call: median (min-max)", "pairs", "limit by operations"]
+    rows = [
+        [
+            entry["model"],
+            entry["over"],
+            entry["peer"],
+            _ratio(entry["full_seconds"]),
+            entry["full_seconds"]["pairs"],
+            f"{entry['operations_full']:.1f}",
+        ]
+        for entry in entries
+    ]
+    return markdown_table(header, rows)
+
+
+def parts_lines(result: dict[str, Any]) -> list[str]:
+    """What a flow map's call is made of: calls of the decoder, and the encoder's pass, which is all else."""
+    rows = [row for setting in result["settings"] for row in setting["rows"] if "flow map" in row["peer"]]
+    return [
+        f"- {row['model']}, {row['peer']}: {significant(step)} s a call of the decoder, {significant(rest)} s for "
+        f"conditions ({significant(row['flops_step'] / images / 1e12)} and "
+        f"{significant(row['flops_before'] / 1e12)} TFLOP)"
+        for row in rows
+        for images, step in [(num_images(row), row["median_step_seconds"])]
+        for rest in [row["median_full_seconds"] - images * row["full_steps"] * step]
+    ]
+
+
 def _ratio(ratio: dict[str, float] | None) -> str:
     return "—" if ratio is None else f"{ratio['median']:.3f} ({ratio['min']:.3f}-{ratio['max']:.3f})"
 
@@ -324,6 +368,8 @@ def markdown(result: dict[str, Any]) -> str:
         "\n".join(dict.fromkeys(f"- {machine_line(setting)}" for setting in result["settings"])),
         main_table(result),
         ratio_table(result),
+        student_table(result),
+        "\n".join(parts_lines(result)),
         "Limits from operation counts:",
         "\n".join(dict.fromkeys(f"- {setting['limit']}" for setting in result["settings"])),
     ]
@@ -335,7 +381,7 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     if lines:
         parts += ["Decoding latents to pixels, not in the calls above:", "\n".join(lines)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def machine_line(setting: dict[str, Any]) -> str:
@@ -391,6 +437,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--float32", action="store_true", help="compare half precision with ours in float32")
     parser.add_argument("--dit", action="store_true", help="compare with diffusers' DiT-XL/2")
     parser.add_argument("--dit-steps", type=int, default=DIT_STEPS, help="denoising steps to run of DiT")
+    parser.add_argument("--flow-map", action="store_true", help="compare with flow maps of 4 calls and of 1")
     parser.add_argument("--decode", action="store_true", help="time the VAE too")
     parser.add_argument(
         "--earlier", type=home_path, nargs="*", default=[], help="JSON files of earlier runs, shown in the same tables"

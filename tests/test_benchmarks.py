@@ -279,6 +279,20 @@ class TestCommands:
         tables = [(tmp_path / name).read_text().split("\n\n")[2:] for name in ("run.md", "again.md")]
         assert tables[0] == tables[1]
 
+    def test_flow_maps_beside_the_model_of_many_steps(self, tiny_models, tmp_path):
+        sampling.main([
+            "--models", *tiny_models, "--steps", "2", "--rounds", "2", "--flow-map", "--output", str(tmp_path / "run"),
+        ])  # fmt: skip
+        for setting in json.loads((tmp_path / "run.json").read_text())["settings"]:
+            ours, *students = setting["rows"]
+            assert [row["full_steps"] for row in students] == [4, 1]
+            for student, entry in zip(students, setting["over_students"], strict=True):
+                # One evaluation a call: guidance, which doubles ours, is built in.
+                assert student["flops_step"] == pytest.approx(ours["flops_step"] / 2, rel=0.01)
+                assert (entry["over"], entry["peer"]) == (student["peer"], ours["peer"])
+                assert entry["operations_full"] > 2 * 100 / student["full_steps"] / 4
+        assert "flow map, calls an image: 1: " in (tmp_path / "run.md").read_text()
+
     def test_half_precision_beside_float32(self, tiny_models, tmp_path):
         sampling.main([
             "--models", "transdiff_b", "--steps", "2", "--rounds", "2", "--dtypes", "float32", "bfloat16", "--float32",
@@ -364,9 +378,8 @@ class TestCommands:
             return images * labels[:, None, None, None] / 9
 
         monkeypatch.setattr(few_steps, "generate", generate)
-        monkeypatch.setattr(
-            few_steps, "load_pixels", lambda *_: (16 * np.random.default_rng(0).random((80, 64)), None)
-        )
+        pixels = 16 * np.random.default_rng(0).random((80, 64)), np.arange(80) % 10
+        monkeypatch.setattr(few_steps, "load_pixels", lambda *_: pixels)
         monkeypatch.setattr(few_steps.TransDiffPipeline, "from_pretrained", lambda *_: tiny_pipeline(1))
         monkeypatch.setattr(few_steps, "ratio_with_interval", partial(few_steps.ratio_with_interval, replicates=10))
         command = [
@@ -387,6 +400,15 @@ class TestCommands:
         first, second = (json.loads((tmp_path / f"{name}_digits.json").read_text()) for name in ("first", "second"))
         assert first["rows"] == second["rows"]
         assert [row["calls"] for row in first["rows"]] == [5, 5]
+        few_steps.main([
+            *command, "--samplers", SDE_2.name, "--student", "folder", "--output", str(tmp_path / "third"),
+        ])  # fmt: skip
+        assert drawn[3:] == [1, 2, 3, 4] * 2
+        third = json.loads((tmp_path / "third_digits.json").read_text())["rows"]
+        assert [row["sampler"] for row in third[1::4]] == ["flow map", "flow map, renoise 0.2"]
+        assert [row["calls"] for row in third[1:]] == [1, 2, 3, 4] * 2
+        assert all(0 <= row["recognised"] <= 1 and row["variance"] > 0 for row in third)
+        assert "| flow map | 1 | 1 |" in (tmp_path / "third_digits.md").read_text()
 
     def test_digits_need_data(self, capsys):
         with pytest.raises(SystemExit):

@@ -1,6 +1,7 @@
 """The digits model that ships inside the package, and the command that puts it there."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +13,90 @@ from tiny import seeded, tiny_pipeline
 
 from training.digits.bundle import bundle
 from training.digits.quality import pooled_pixels
-from transdiff_pipelines import DIGITS, FlowMatchSDEMultistepScheduler, TransDiffPipeline
+from transdiff_pipelines import (
+    DIGITS,
+    DIGITS_FLOW_MAP,
+    FlowMapScheduler,
+    FlowMatchSDEMultistepScheduler,
+    TransDiffImg2ImgPipeline,
+    TransDiffPipeline,
+)
+from transdiff_pipelines.generation import load_pipeline
+from transdiff_pipelines.loaders.shared_weights import SHARED_NAME
 
 
-def test_it_is_small():
-    assert sum(file.stat().st_size for file in Path(DIGITS).rglob("*") if file.is_file()) < 10e6
+@pytest.mark.parametrize(("folder", "limit"), [(DIGITS, 10e6), (DIGITS_FLOW_MAP, 3e6)])
+def test_it_is_small(folder, limit):
+    assert sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) < limit
+
+
+def recognised(pipe, **settings) -> float:
+    """By a classifier of the real digits; a few steps are enough for that, quality.py measures properly."""
+    pipe.set_progress_bar_config(disable=True)
+    labels = np.arange(100) % 10
+    images = pipe(labels.tolist(), generator=seeded(), output_type="np", **settings).images
+    real = load_digits()
+    recogniser = SVC(gamma=0.001).fit(real.data, real.target)
+    return (recogniser.predict(pooled_pixels(images)) == labels).mean()
 
 
 def test_its_digits_are_recognised():
-    """By a classifier of the real digits; a few steps are enough for that, quality.py measures properly."""
     pipe = TransDiffPipeline.from_pretrained(DIGITS)
-    pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = FlowMatchSDEMultistepScheduler.from_config(pipe.scheduler.config)
-    labels = np.arange(100) % 10
-    images = pipe(labels.tolist(), num_inference_steps=12, generator=seeded(), output_type="np").images
-    real = load_digits()
-    recogniser = SVC(gamma=0.001).fit(real.data, real.target)
-    assert (recogniser.predict(pooled_pixels(images)) == labels).mean() >= 0.95
+    assert recognised(pipe, num_inference_steps=12) >= 0.95
+
+
+class TestFlowMap:
+    @pytest.mark.parametrize("settings", [{}, {"num_inference_steps": 1}], ids=str)
+    def test_its_digits_are_recognised(self, settings):
+        assert recognised(TransDiffPipeline.from_pretrained(DIGITS_FLOW_MAP), **settings) >= 0.95
+
+    def test_the_command_line_knows_it_by_name(self):
+        pipe = load_pipeline("digits-flow-map", device="cpu")
+        assert (type(pipe.scheduler), pipe.recommended_num_inference_steps) == (FlowMapScheduler, 4)
+
+    def test_a_folder_of_its_name_comes_first(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        tiny_pipeline().save_pretrained("digits-flow-map")
+        assert load_pipeline("digits-flow-map", device="cpu").scheduler.config._class_name != "FlowMapScheduler"
+
+    @pytest.mark.parametrize("pipeline", [TransDiffPipeline, TransDiffImg2ImgPipeline])
+    @pytest.mark.parametrize(
+        "dtype", [{}, {"dtype": torch.float16}, {"dtype": {"vae": torch.float32, "default": torch.float16}}], ids=str
+    )
+    def test_shared_weights_are_those_of_the_other_model(self, pipeline, dtype):
+        pipe, teacher = (pipeline.from_pretrained(folder, **dtype) for folder in (DIGITS_FLOW_MAP, DIGITS))
+        for name in ("condition_encoder", "vae"):
+            found, expected = (getattr(owner, name).state_dict() for owner in (pipe, teacher))
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[key], value) for key, value in expected.items())
+            assert getattr(pipe, name).dtype == getattr(teacher, name).dtype
+
+    def test_a_component_of_the_callers_own_is_taken(self):
+        vae = TransDiffPipeline.from_pretrained(DIGITS).vae
+        assert TransDiffPipeline.from_pretrained(DIGITS_FLOW_MAP, vae=vae).vae is vae
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_saved_it_is_whole(self, tmp_path):
+        TransDiffPipeline.from_pretrained(DIGITS_FLOW_MAP).save_pretrained(tmp_path)
+        assert not (tmp_path / SHARED_NAME).exists()
+        assert TransDiffPipeline.from_pretrained(tmp_path).transformer.config.num_flow_map_layers > 0
+
+    @pytest.mark.parametrize(
+        ("entries", "message"),
+        [
+            ({"vae": "nowhere"}, "shares the vae of nowhere.*copy both"),
+            ({"vae": "../digits"}, "expected one of condition_encoder, vae with the name of a folder"),
+            ({"scheduler": "digits"}, "'scheduler': 'digits'"),
+            ({"vae": 3}, "'vae': 3"),
+        ],
+    )
+    def test_weights_that_are_not_there_are_named(self, tmp_path, entries, message):
+        folder = tmp_path / "copy"
+        shutil.copytree(DIGITS_FLOW_MAP, folder)
+        (folder / SHARED_NAME).write_text(json.dumps(entries))
+        with pytest.raises(OSError, match=message):
+            TransDiffPipeline.from_pretrained(folder)
 
 
 def test_names_are_the_digits():
@@ -54,3 +122,32 @@ def test_bundling_keeps_the_pipeline_and_forgets_the_place(tmp_path):
     for name, weight in TransDiffPipeline.from_pretrained(output).transformer.state_dict().items():
         expected = trained[name].half().float()
         assert torch.equal(weight, expected), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_bundling_beside_a_teacher_stores_common_weights_once(tmp_path):
+    teacher, model, output = (tmp_path / name for name in ("package/digits", "trained", "package/student"))
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(model)
+    bundle(model, teacher)
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.add_(1.0)
+    pipe.save_pretrained(model)
+    bundle(model, output, teacher)
+    assert json.loads((output / SHARED_NAME).read_text()) == {"condition_encoder": "digits", "vae": "digits"}
+    assert [file.parent.name for file in output.rglob("*.safetensors")] == ["transformer"]
+    loaded = TransDiffPipeline.from_pretrained(output)
+    for name in ("condition_encoder", "vae", "transformer"):
+        weights = getattr(pipe, name).state_dict()
+        assert all(
+            torch.equal(value, weights[key].half().float())
+            for key, value in getattr(loaded, name).state_dict().items()
+        )
+    for name in ("condition_encoder", "vae"):
+        parameter = next(getattr(pipe, name).parameters())
+        with torch.no_grad():
+            parameter.add_(1.0)
+    pipe.save_pretrained(model)
+    with pytest.raises(ValueError, match="no weights in common"):
+        bundle(model, output, teacher)
+    assert (output / SHARED_NAME).is_file()

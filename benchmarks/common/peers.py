@@ -7,7 +7,7 @@ code, and another one for DiT; it has a number of its own in the results.
 import copy
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -175,6 +175,17 @@ class FlowMapStudent(OurPipeline):
         self.name, self.full_steps = f"flow map, calls an image: {calls}", calls
 
 
+STUDENT_CALLS = (4, 1)
+
+
+def flow_map_students(setting: Setting, calls: Sequence[int] = STUDENT_CALLS) -> list[Peer]:
+    """Students with random weights, one for each number of calls; the decoder's size says all about their time."""
+    layers = (setting.model.size.decoder_layers + 1) // 2
+    pipeline = random_pipeline(setting.model, device=setting.device, tiny=setting.tiny, flow_map_layers=layers)
+    pipeline.to(setting.dtype)
+    return [FlowMapStudent(setting, pipeline, number) for number in calls]
+
+
 class ReleasedCode(Peer):
     """The authors' code, see `reference.py`; never compiled, as it was released."""
 
@@ -266,12 +277,14 @@ def random_pipeline(
     """Our pipeline around `random_components`; with `flow_map_layers` a few-step student under its own scheduler."""
     encoder, transformer = random_components(model, seed, device, flow_map_layers)
     scheduler: SchedulerMixin = FlowMapScheduler()
+    guidance_scale = 1.0  # a student has it built in
     if not flow_map_layers:
+        guidance_scale = model.guidance_scale
         scales = {"drift_scale": model.drift_scale, "diffusion_scale": model.diffusion_scale}
         scheduler = FlowMatchEulerMaruyamaScheduler(**scales)
     with device:
         vae = vae_of_published_size(tiny)
-    return TransDiffPipeline(encoder, transformer, vae, scheduler, guidance_scale=model.guidance_scale)
+    return TransDiffPipeline(encoder, transformer, vae, scheduler, guidance_scale=guidance_scale)
 
 
 def load_peers(setting: Setting, checkout: Path | None, with_dit: bool, with_float32: bool = False) -> list[Peer]:

@@ -13,12 +13,13 @@ from ..common.machine import CallClock
 from ..common.parts import Part, attempt
 from ..common.peers import (
     DIT_STEPS,
+    STUDENT_CALLS,
     DiT,
-    FlowMapStudent,
     OurPipeline,
     Peer,
     ReleasedCode,
     Setting,
+    flow_map_students,
     load_peers,
     random_pipeline,
 )
@@ -91,11 +92,10 @@ def flow_map(shared: Shared) -> dict[str, Any]:
     settings = []
     for batch_size in (1, 64):
         setting = shared.setting("transdiff_l", batch_size, STEPS[batch_size], compiled="on")
-        size, make = setting.model.size, partial(random_pipeline, device=shared.device, tiny=shared.tiny)
-        peers: list[Peer] = [OurPipeline(setting, make(setting.model).to(setting.dtype))]
-        for calls in (4, 1):
-            student = make(setting.model, flow_map_layers=(size.decoder_layers + 1) // 2).to(setting.dtype)
-            peers.append(FlowMapStudent(setting, student, calls))
+        pipeline = random_pipeline(setting.model, device=shared.device, tiny=shared.tiny)
+        peers: list[Peer] = [OurPipeline(setting, pipeline.to(setting.dtype))]
+        for calls in STUDENT_CALLS:  # each with networks of its own, which are compiled for it
+            peers += flow_map_students(setting, [calls])
         settings.append(measured(shared, peers, setting))
         torch.compiler.reset()
     return {"settings": settings}
