@@ -27,9 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from training.data.batches import logit_normal_timesteps
 from training.dry_run import CPU_ATTENTION
 from training.model.build import TrainingModel
-from training.model.optimizer import build_optimizer
 from training.model.ema import WeightAverage, local
 from training.model.loss import tile
+from training.model.optimizer import build_optimizer
 from training.outputs.metrics import Stopwatch
 from training.settings.config import OptimizerConfig
 from transdiff_pipelines import ARConditionEncoder, TransDiffTransformer2DModel

@@ -35,7 +35,7 @@ DIGITS = Path(__file__).parent / "checkpoints" / "digits"
 """Folder of the bundled checkpoint: an MRAR model of handwritten digits."""
 
 DIGITS_FLOW_MAP = DIGITS.with_name("digits_flow_map")
-"""Folder of its flow map, which draws the digits in one to four calls; `TransDiffPipeline.from_pretrained` loads it."""
+"""Folder of its flow map, for digits in one to four calls; to be loaded with `TransDiffPipeline.from_pretrained`."""
 
 register_with_diffusers(
     ARConditionEncoder,

@@ -1,8 +1,7 @@
 """Weights that two pipelines side by side have in common and that are stored once.
 
-A folder with the file SHARED_NAME has no weights of the components named there, only their configs; each is loaded from
-the pipeline folder of the given name beside it. So a flow map, in which the transformer alone is new, can come with the
-model it was made from.
+A folder with the file SHARED_NAME has no weights of the components that it names, only their configs; they are loaded
+from a pipeline's folder beside it. So a flow map, in which the transformer alone is new, can come with its teacher.
 """
 
 import json
@@ -44,7 +43,7 @@ def shared_folders(folder: Path) -> dict[str, Path]:
 
 
 def load_shared(folder: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the components that `arguments`, of `from_pretrained`, do not already give, in the dtype wanted there."""
+    """The components that `arguments`, those of `from_pretrained`, do not give already, in the dtype wanted there."""
     wanted = arguments.get("dtype", arguments.get("torch_dtype"))
     components = {}
     for component, place in shared_folders(folder).items():
