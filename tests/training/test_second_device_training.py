@@ -125,23 +125,11 @@ WAITING_RUNS = [
 @pytest.mark.parametrize("trainer", WAITING_RUNS, indirect=True, ids=str)
 def test_a_step_waits_for_the_device_once(trainer: Trainer) -> None:
     """When it reads the gradients' norm, which decides whether to step at all, and with it the losses."""
-    steps_wait_once(trainer)
-
-
-def steps_wait_once(trainer: Trainer) -> None:
     for index in range(3):
         with waits_counted() as waits:
             losses, _ = trainer.train_step([trainer.batches[index]])
         assert len(waits) == 1, "\n".join(waits)
         assert losses.device.type == "cpu"
-
-
-@pytest.mark.parametrize("patch_size", [1, 2])
-def test_a_step_of_a_flow_map_waits_once(flow_map_config, patch_size: int) -> None:
-    """Its teacher's solver too reads nothing back."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    with second_device(), mock.patch.object(PartialState, "default_device", DEVICE):
-        steps_wait_once(Trainer(flow_map_config(patch_size=patch_size)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
