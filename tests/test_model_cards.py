@@ -115,8 +115,8 @@ def test_the_emoji_card_names_the_artists_and_takes_results_from_the_models_fold
     assert "| recognised as the class asked for, % | 25.00 | 25.00 ± 0.00 |" in card.text
     assert "`training.emoji.quality` on 1,000 images for each of 2 seeds" in card.text
     assert {result.metric_type for result in card.data.eval_results} >= {"accuracy", "frechet_distance"}
-    assert model_card.all_cards(DIGITS, tmp_path)["emoji.md"] == model_card.emoji_card(tmp_path)
-    assert "emoji.md" not in model_card.all_cards(DIGITS, tmp_path / "none")
+    assert model_card.all_cards(DIGITS, emoji=tmp_path)["emoji.md"] == model_card.emoji_card(tmp_path)
+    assert "emoji.md" not in model_card.all_cards(DIGITS, emoji=tmp_path / "none")
 
 
 def test_the_emoji_card_knows_measures_that_are_taken() -> None:

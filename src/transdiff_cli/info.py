@@ -57,11 +57,7 @@ def info(
 def _pipeline_index(source: str) -> dict[str, Any]:
     """model_index.json; an error for what is no TransDiff pipeline."""
     from transdiff_pipelines import TransDiffPipeline
-    from transdiff_pipelines.loaders.original_repository import explain_original_repository
 
-    explanation = explain_original_repository(source)
-    if explanation:
-        raise ValueError(explanation)
     index: dict[str, Any] = TransDiffPipeline.load_config(source)
     if not str(index.get("_class_name")).startswith("TransDiff"):
         raise ValueError(f"{source} is a {index.get('_class_name')}; expected a TransDiff pipeline")

@@ -399,6 +399,8 @@ def model_source(model: str | None) -> str:
     folder = Path(model).expanduser()
     if not folder.exists():
         if _is_repository_name(model):
+            if explanation := explain_original_repository(model):  # known by its name, without the Hub
+                raise ValueError(explanation)
             check_hub_has(model)
             return model
         raise FileNotFoundError(
