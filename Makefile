@@ -100,7 +100,7 @@ format: $(VENV)/.dev ## mend formatting and import order
 
 pictures: $(VENV)/.browser ## draw the pictures of README, of the tour and of editing anew (needs Chromium too)
 	$(BIN)/transdiff generate --count 6 --output docs/images/digits.png
-	$(BIN)/transdiff generate --count 3 --model digits-flow-map --num-inference-steps 1 \
+	$(BIN)/transdiff generate --count 6 --model digits-flow-map --num-inference-steps 1 \
 		--output docs/images/digits_flow_map.png
 	$(BIN)/python docs/run_page.py docs/tour.md --folder docs/images/tour
 	test -d datasets/digits || $(BIN)/python -m training.digits.export --output datasets/digits
