@@ -118,8 +118,7 @@ def published_card(model: PublishedModel) -> str:
 
 def digits_card(folder: Path) -> str:
     """The card of a bundled digits model, with the results of its folder's quality.json where there is one."""
-    quality_path = folder / QUALITY_NAME
-    quality = json.loads(quality_path.read_text(encoding="utf-8")) if quality_path.is_file() else None
+    quality = _quality(folder)
     is_flow_map = _is_flow_map(folder)
     title = "TransDiff digits, MRAR, 32×32" + (", flow map" if is_flow_map else "")
     data = _metadata(
@@ -162,8 +161,7 @@ def digits_card(folder: Path) -> str:
 
 def emoji_card(folder: Path) -> str:
     """The card of the bundled emoji model: whose art it learned from, and its results as in `digits_card`."""
-    quality_path = folder / QUALITY_NAME
-    quality = json.loads(quality_path.read_text(encoding="utf-8")) if quality_path.is_file() else None
+    quality = _quality(folder)
     title = "TransDiff emoji, 64×64"
     data = _metadata(
         tags=["emoji"],
@@ -439,6 +437,12 @@ def _first_name(folder: Path) -> int | str:
     names = json.loads(index.read_text(encoding="utf-8")).get("id2label") if index.is_file() else None
     known = list((names or {}).values())
     return "dog face" if "dog face" in known or not known else known[0]
+
+
+def _quality(folder: Path) -> dict[str, Any] | None:
+    """The results in a bundled model's folder, if there are any."""
+    path = folder / QUALITY_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _is_flow_map(folder: Path) -> bool:
