@@ -151,3 +151,4 @@ def test_bundling_beside_a_teacher_stores_common_weights_once(tmp_path):
     with pytest.raises(ValueError, match="no weights in common"):
         bundle(model, output, teacher)
     assert (output / SHARED_NAME).is_file()
+    assert {folder.name for folder in output.parent.iterdir()} == {"digits", "student"}  # nothing half-written

@@ -8,6 +8,7 @@ import argparse
 import filecmp
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,17 +34,18 @@ def bundle(model: str | Path, output: Path, teacher: Path | None = None) -> None
     """
     with without_loading_bars():
         pipeline = TransDiffPipeline.from_pretrained(model)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.to(dtype=torch.float16).save_pretrained(partial)
-    for config in partial.rglob("*.json"):
-        entries = json.loads(config.read_text(encoding="utf-8"))
-        entries.pop("_name_or_path", None)  # names a folder of the machine that it was trained on
-        config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if teacher is not None:
-        share_weights(partial, teacher)
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as workplace:
+        partial = Path(workplace) / output.name
+        pipeline.to(dtype=torch.float16).save_pretrained(partial)
+        for config in partial.rglob("*.json"):
+            entries = json.loads(config.read_text(encoding="utf-8"))
+            entries.pop("_name_or_path", None)  # names a folder of the machine that it was trained on
+            config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if teacher is not None:
+            share_weights(partial, teacher)
+        shutil.rmtree(output, ignore_errors=True)
+        partial.rename(output)
 
 
 def share_weights(folder: Path, teacher: Path) -> None:
