@@ -40,14 +40,17 @@ def logged(config: TrainConfig, name: str, file: str = "metrics.jsonl") -> list[
     return [json.loads(line)[name] for line in (Path(config.output) / file).read_text().splitlines()]
 
 
+# The first steps of Adam are as long as the learning rate whatever the gradient's size, so its rounding in bfloat16 decides
+# where some weights go: with a tenth of the learning rate, that moves the losses a tenth as far.
+BF16 = {"mixed_precision": "bf16", "optimizer.learning_rate": 1e-3}
 RUNS = {
     "1-step": {},
     "MRAR": {"model.patch_size": 2},
     "dropout, accumulation": {"model.dropout": 0.3, "optimizer.gradient_accumulation": 2},
     "gradient checkpointing": {"gradient_checkpointing": True},
     "images": {"data.cache": None},
-    "bf16": {"mixed_precision": "bf16"},
-    "bf16, images": {"mixed_precision": "bf16", "data.cache": None},
+    "bf16": BF16,
+    "bf16, images": {**BF16, "data.cache": None},
     "Muon": {"optimizer.kind": "muon"},
 }
 REPORTED = {"validation.fraction": 0.3, "validation.every": 2, "preview.every": 4, "preview.num_inference_steps": 1}
@@ -74,7 +77,7 @@ def test_a_run_gives_the_cpu_s_losses(make_config, data_config, name: str) -> No
     assert torch.equal(pipe.transformer.proj_out.weight, averaged["transformer.proj_out.weight"])
 
 
-@pytest.mark.parametrize("changes", [{}, {"model.patch_size": 1}, {"mixed_precision": "bf16"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"model.patch_size": 1}, BF16], ids=str)
 def test_a_flow_map(flow_map_config, changes: dict) -> None:
     settings = {"patch_size": changes.get("model.patch_size", 2)} | REPORTED | changes
     compare([flow_map_config(output, **settings) for output in ("cpu", "elsewhere")], str(changes))
