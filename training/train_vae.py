@@ -9,6 +9,9 @@ Loss: the error of the reconstruction plus a small KL divergence, both averaged 
 latents' standard deviation over the training split gives the `scaling_factor` of the saved config, and the
 reconstructions of the validation split are measured. The defaults are those of the bundled digits model.
 
+`--decoder-of VAE` trains the decoder of a finished VAE further and leaves the encoder alone, so that its latents, and
+what was trained on them, stay what they are. The sizes are those of that VAE.
+
 A run that is stopped goes on when its command is repeated: its state is saved in `OUTPUT.unfinished`.
 
 Read `posterior_std_by_channel` in the report: a channel may stay unused (a value near 1, nothing but the prior's
@@ -27,15 +30,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from training.command_line import not_negative, one_line_errors, positive, positive_number, seed
 from training.data.decoding import BadImage, read_image
 from training.data.errors import DataError
 from training.data.sources import FolderSource
-from training.data.vae import check_vae
+from training.data.vae import check_vae, load_vae
 from training.distributed.interruption import TrainingInterrupted, TrainingStopped
 from training.model.autoencoder import (
+    LATENT_CHANNELS,
     LOSSES,
     WIDTHS,
     VAESettings,
@@ -93,14 +98,19 @@ def parse(arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
     parser.add_argument("--data", type=home_path, required=True, help="folder with train/ and validation/")
     parser.add_argument("--output", type=home_path, required=True, help="folder to create")
     parser.add_argument("--image-size", type=positive, default=32, help="side in pixels, a multiple of 8")
-    parser.add_argument("--latent-channels", type=positive, default=4)
+    parser.add_argument(
+        "--decoder-of",
+        metavar="VAE",
+        help="folder or Hub repository of a finished VAE: train its decoder further, the encoder stays",
+    )
+    parser.add_argument("--latent-channels", type=positive, help=f"(default: {LATENT_CHANNELS})")
     parser.add_argument(
         "--widths",
         type=positive,
         nargs="+",
-        default=WIDTHS,
         metavar="N",
-        help="channels at full resolution and after each halving, multiples of 8; four of them: a latent of 8 pixels",
+        help="channels at full resolution and after each halving, multiples of 8; four of them: a latent of 8 pixels "
+        f"(default: {' '.join(map(str, WIDTHS))})",
     )
     defaults = VAESettings()
     parser.add_argument("--steps", type=positive, default=defaults.steps)
@@ -124,6 +134,22 @@ def unfinished(output: Path) -> Path:
     return output.with_name(f"{output.name}.unfinished")
 
 
+def starting_vae(options: argparse.Namespace) -> AutoencoderKL:
+    """A fresh VAE, or the one whose decoder is trained further.
+
+    Raises:
+        ConfigError, DataError: sizes that do not work, or that are given for a VAE which has its own; no such VAE.
+    """
+    if options.decoder_of is None:
+        widths = options.widths or WIDTHS
+        check_widths(widths)
+        return build_vae(options.latent_channels or LATENT_CHANNELS, options.image_size, widths)
+    given = [f"--{name.replace('_', '-')}" for name in ("latent_channels", "widths") if getattr(options, name)]
+    if given:
+        raise ConfigError(f"{' and '.join(given)}: the VAE of --decoder-of has its own sizes; leave it out")
+    return load_vae(options.decoder_of, "--decoder-of")
+
+
 def check_widths(widths: Sequence[int]) -> None:
     if len(widths) < 2 or any(width % 8 for width in widths):
         given = " ".join(map(str, widths))
@@ -141,19 +167,20 @@ def train_and_report(options: argparse.Namespace, judge: Judge | None = None) ->
         TrainingInterrupted: a signal asked to stop; the same options go on from there.
         OSError: the output exists and is not an empty folder, or cannot be written.
     """
-    check_widths(options.widths)
     torch.manual_seed(options.seed)
-    vae = build_vae(options.latent_channels, options.image_size, options.widths)
+    vae = starting_vae(options)
     check_vae(vae, options.image_size)
     refuse_existing(options.output)
     images, unseen = (load_images(options.data / split, options.image_size) for split in ("train", "validation"))
-    named = {field.name: getattr(options, field.name) for field in fields(VAESettings)}
+    named = {field.name: getattr(options, field.name) for field in fields(VAESettings) if hasattr(options, field.name)}
+    named["decoder_only"] = options.decoder_of is not None
     started = time.perf_counter()
     trainer = VAETrainer(vae.to(device()), to_tensor(images), VAESettings(**named), options.seed)
     trainer.run(unfinished(options.output), options.checkpoint_every)
     seconds = time.perf_counter() - started
     latents = latent_statistics(vae, trainer.images)
-    vae.register_to_config(scaling_factor=round(1 / latents["std"], 4))
+    if options.decoder_of is None:  # else latents keep their scale
+        vae.register_to_config(scaling_factor=round(1 / latents["std"], 4))
     reconstructions = reconstruct(vae, unseen)
     report: dict[str, Any] = {"psnr_db": peak_signal_to_noise(unseen, reconstructions)}
     report |= {} if judge is None else judge(unseen, reconstructions)

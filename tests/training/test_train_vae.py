@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from PIL import Image
 
 from training import train_vae
 from training.data.errors import DataError
@@ -73,6 +75,52 @@ def test_bfloat16_leaves_weights_in_float32_and_learns() -> None:
         after = (small.vae(small.images).sample - small.images).abs().mean()
     assert after < before
     assert {weight.dtype for weight in small.vae.parameters()} == {torch.float32}
+
+
+def test_a_decoder_alone_is_trained() -> None:
+    small = trainer(decoder_only=True)
+    before = {name: weight.clone() for name, weight in small.vae.state_dict().items()}
+    small.run()
+    changed = {name.split(".")[0] for name, weight in small.vae.state_dict().items() if not weight.equal(before[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    """Options that name images and an output."""
+    for split in ("train", "validation"):
+        (tmp_path / "images" / split / "a").mkdir(parents=True)
+        picture = Image.effect_noise((16, 16), 90).convert("RGB")
+        picture.save(tmp_path / "images" / split / "a" / "1.png")
+    return [f"--data={tmp_path / 'images'}", "--image-size=16", "--steps=2", "--batch-size=1"]
+
+
+def test_a_decoder_trained_further_leaves_the_latents_as_they_are(tmp_path: Path, folders: list[str]) -> None:
+    first, second = tmp_path / "vae", tmp_path / "further"
+    train_vae.main([*folders, f"--output={first}", "--widths", "8", "8", "--latent-channels=3"])
+    train_vae.main([*folders, f"--output={second}", f"--decoder-of={first}"])
+    vae, further = (AutoencoderKL.from_pretrained(folder) for folder in (first, second))
+    assert further.config.scaling_factor == vae.config.scaling_factor
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(vae.encode(images).latent_dist.parameters, further.encode(images).latent_dist.parameters)
+    latents = vae.encode(images).latent_dist.mean
+    assert not torch.equal(vae.decode(latents).sample, further.decode(latents).sample)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--widths", "8", "8"], "--widths: the VAE of --decoder-of has its own sizes; leave it out"),
+        (["--widths", "8", "8", "--latent-channels=3"], "--latent-channels and --widths: the VAE of"),
+        ([], "--decoder-of: there is no folder outputs/no_vae"),
+    ],
+)
+def test_what_does_not_fit_a_finished_vae_is_named(
+    tmp_path: Path, folders: list[str], options: list[str], message: str, capsys
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train_vae.main([*folders, f"--output={tmp_path / 'further'}", "--decoder-of=outputs/no_vae", *options])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("widths", [["16"], ["16", "20"]])

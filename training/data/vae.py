@@ -28,17 +28,19 @@ from .errors import DataError
 OWN_FOLDERS = ("outputs", "checkpoints", "datasets", "src")
 
 
-def load_vae(name: str | None) -> AutoencoderKL:
+def load_vae(name: str | None, setting: str = "data.vae") -> AutoencoderKL:
     """The VAE of a folder, or of a Hub repository `org/name`, perhaps in a sub-folder: `org/name/vae`.
+
+    `setting` is what named it, for the errors.
 
     Raises:
         ConfigError: if there is no name.
         DataError: if it is in neither place.
     """
     if not name:
-        raise ConfigError("data.vae is missing: the folder or Hub name of an AutoencoderKL")
+        raise ConfigError(f"{setting} is missing: the folder or Hub name of an AutoencoderKL")
     if not Path(name).exists() and (name[0] in "./~" or Path(name).parts[0] in OWN_FOLDERS):
-        raise DataError(f"data.vae: there is no folder {name}; name one with an AutoencoderKL, or a Hub repository")
+        raise DataError(f"{setting}: there is no folder {name}; name one with an AutoencoderKL, or a Hub repository")
     repository, _, subfolder = name.rpartition("/")
     is_nested = not Path(name).exists() and repository.count("/") == 1
     try:
@@ -50,7 +52,7 @@ def load_vae(name: str | None) -> AutoencoderKL:
             return AutoencoderKL.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise DataError(f"data.vae {name!r} cannot be loaded: {reason}") from error
+        raise DataError(f"{setting} {name!r} cannot be loaded: {reason}") from error
 
 
 def module_fingerprint(module: nn.Module, config: dict[str, Any]) -> str:

@@ -26,12 +26,16 @@ from transdiff_pipelines.files import new_file
 WIDTHS = (16, 32, 64, 64)
 """Channels of the bundled digits model's VAE, at full resolution and after each halving."""
 
+LATENT_CHANNELS = 4
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "l1": F.l1_loss}
 
 _CHUNK = 64  # images that are encoded at once where there is no batch size
 
 
-def build_vae(latent_channels: int = 4, image_size: int = 32, widths: Sequence[int] = WIDTHS) -> AutoencoderKL:
+def build_vae(
+    latent_channels: int = LATENT_CHANNELS, image_size: int = 32, widths: Sequence[int] = WIDTHS
+) -> AutoencoderKL:
     """A fresh autoencoder: `(B, 3, H, H)` images, `(B, C, h, h)` latents with h = H / 2^(len(widths) - 1).
 
     With the default widths it has about a million parameters, and h = H / 8.
@@ -57,6 +61,7 @@ class VAESettings:
         kl_weight: of the posterior's KL divergence from the normal distribution, averaged over elements.
         mirror: whether each image is mirrored half of the time.
         bfloat16: whether the network runs in bfloat16, by autocast; weights, losses and optimiser stay in float32.
+        decoder_only: whether the encoder stays as it is, and with it every latent; the KL divergence then has no part.
     """
 
     steps: int = 3500
@@ -66,6 +71,7 @@ class VAESettings:
     loss: Literal["mse", "l1"] = "mse"
     mirror: bool = False
     bfloat16: bool = False
+    decoder_only: bool = False
 
 
 class VAETrainer:
@@ -81,8 +87,12 @@ class VAETrainer:
     def __init__(self, vae: AutoencoderKL, images: Tensor, settings: VAESettings, seed: int = 0) -> None:
         self.vae, self.images, self.settings = vae, images.to(vae.device), settings
         self.generator = torch.Generator().manual_seed(seed)
+        if settings.decoder_only:
+            for part in (vae.encoder, vae.quant_conv):
+                part.requires_grad_(False)
+        self._trained = [weight for weight in vae.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            vae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+            self._trained, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
         )
         self.schedule = get_cosine_schedule_with_warmup(
             self.optimizer,
@@ -129,8 +139,8 @@ class VAETrainer:
         self.step += 1
         if not torch.isfinite(error + kl):
             raise TrainingStopped(f"the loss of step {self.step} is not finite; lower --learning-rate and run again")
-        (error + self.settings.kl_weight * kl).backward()
-        torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+        (error if self.settings.decoder_only else error + self.settings.kl_weight * kl).backward()
+        torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
