@@ -30,8 +30,14 @@ VERSIONS_TESTS = $(shell grep -lE '^ *(from|import) ($(HUGGING_FACE))' tests/tes
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
-demo: $(VENV)/.base ## draw several of each digit with the bundled model into digits.png
-	$(BIN)/transdiff generate --count 6 --output digits.png
+# A sheet of half of the emoji's classes, with the sampler for few steps.
+EMOJI := "dog face" "cat face" fox lion panda koala frog "pig face" octopus crab turtle penguin owl butterfly \
+	sunflower cactus mushroom strawberry pineapple watermelon "red apple" banana pizza hamburger doughnut "birthday cake" \
+	rocket airplane balloon guitar "light bulb" "red heart"
+DRAW_EMOJI = $(BIN)/transdiff generate $(EMOJI) --scheduler unipc --steps 10
+
+demo: $(VENV)/.base ## draw emoji by name with the bundled model into emoji.png
+	$(DRAW_EMOJI) --output emoji.png
 
 test: $(VENV)/.test ## run the tests (minutes on two cores)
 	$(PYTEST) -m "not slow and not browser"
@@ -99,6 +105,7 @@ format: $(VENV)/.dev ## mend formatting and import order
 	$(BIN)/ruff format $(CODE)
 
 pictures: $(VENV)/.browser ## draw the pictures of README, of the tour and of editing anew (needs Chromium too)
+	$(DRAW_EMOJI) --output docs/images/emoji.png
 	$(BIN)/transdiff generate --count 6 --output docs/images/digits.png
 	$(BIN)/transdiff generate --count 6 --model digits-flow-map --num-inference-steps 1 \
 		--output docs/images/digits_flow_map.png
@@ -113,7 +120,7 @@ api: $(VENV)/.base ## write the API reference, from the docstrings, to build/api
 	$(BIN)/pdoc --docformat google --output-directory build/api transdiff_pipelines
 
 clean: ## remove the environments and everything that tools and the demo wrote
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache digits.png
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache emoji.png
 
 # The environment, in layers. A stamp is touched last, so an interrupted set-up starts again.
 $(BIN)/python:

@@ -1,4 +1,4 @@
-"""The digits model that ships inside the package, and the command that puts it there."""
+"""The models that ship inside the package, and the command that puts them there."""
 
 import json
 import shutil
@@ -7,25 +7,41 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 from tiny import seeded, tiny_pipeline
 
-from training.digits.bundle import bundle
+from training.bundle import bundle
 from training.digits.quality import pooled_pixels
 from transdiff_pipelines import (
     DIGITS,
     DIGITS_FLOW_MAP,
+    EMOJI,
     FlowMapScheduler,
     FlowMatchSDEMultistepScheduler,
     TransDiffImg2ImgPipeline,
     TransDiffPipeline,
 )
+from transdiff_pipelines.attribution import ATTRIBUTION_NAME, attribution
 from transdiff_pipelines.generation import load_pipeline
 from transdiff_pipelines.loaders.shared_weights import SHARED_NAME
 
 
-@pytest.mark.parametrize(("folder", "limit"), [(DIGITS, 10e6), (DIGITS_FLOW_MAP, 3e6)])
+ROOT = Path(__file__).parents[1]
+RED, GREEN, BLUE = range(3)
+# Emoji whose colour all six hands agree on: channels that are strong in it, and those that are weak.
+COLOURS = {
+    "red heart": ([RED], [GREEN, BLUE]),
+    "strawberry": ([RED], [GREEN, BLUE]),
+    "frog": ([GREEN], [RED, BLUE]),
+    "cactus": ([GREEN], [RED, BLUE]),
+    "lemon": ([RED, GREEN], [BLUE]),
+    "baby chick": ([RED, GREEN], [BLUE]),
+}
+
+
+@pytest.mark.parametrize(("folder", "limit"), [(DIGITS, 10e6), (DIGITS_FLOW_MAP, 3e6), (EMOJI, 20e6)])
 def test_it_is_small(folder, limit):
     assert sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) < limit
 
@@ -99,6 +115,48 @@ class TestFlowMap:
             TransDiffPipeline.from_pretrained(folder)
 
 
+class TestEmoji:
+    """What can be told without the drawings that judge it: `training.emoji.quality` measures it by these."""
+
+    @pytest.fixture(scope="class")
+    def pipe(self):
+        pipe = TransDiffPipeline.from_pretrained(EMOJI)
+        pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @pytest.fixture(scope="class")
+    def drawn(self, pipe):
+        """By name, two pictures of each in [0, 1]."""
+        names = [name for name in COLOURS for _ in range(2)]
+        images = pipe(names, num_inference_steps=10, generator=seeded(), output_type="np").images
+        return {name: images[2 * number : 2 * number + 2] for number, name in enumerate(COLOURS)}
+
+    def test_its_classes_are_those_of_the_list(self, pipe):
+        lines = (ROOT / "training/emoji/classes_60.txt").read_text(encoding="utf-8").splitlines()
+        assert list(pipe.labels) == sorted(line for line in lines if not line.startswith("#"))
+        assert (pipe.condition_encoder.num_images, pipe.image_side) == (4, 64)
+
+    def test_its_pictures_are_on_white(self, drawn):
+        for name, images in drawn.items():
+            corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+            assert corners.mean() > 0.9, name
+            assert images.min() < 0.6, name
+
+    @pytest.mark.parametrize("name", COLOURS)
+    def test_its_pictures_have_the_colour_of_what_they_show(self, drawn, name):
+        ink = drawn[name][drawn[name].min(axis=-1) < 0.8].mean(axis=0)
+        strong, weak = COLOURS[name]
+        assert ink[strong].min() > ink[weak].max() + 0.1, ink
+
+    def test_pictures_of_one_class_are_more_alike_than_those_of_two(self, drawn):
+        first, second = (np.stack([images[number] for images in drawn.values()]) for number in (0, 1))
+        distances = np.square(first[:, None] - second[None]).mean(axis=(2, 3, 4))
+        own = np.diag(distances)
+        others = (distances.sum(axis=1) - own) / (len(own) - 1)
+        assert own.mean() < 0.7 * others.mean()
+
+
 def test_names_are_the_digits():
     pipe = TransDiffPipeline.from_pretrained(DIGITS)
     assert pipe.get_label_ids(["0", "9"]) == [0, 9]
@@ -112,8 +170,9 @@ def test_bundling_keeps_the_pipeline_and_forgets_the_place(tmp_path):
     (output / "old.txt").write_text("from the model before")
     tiny_pipeline().save_pretrained(model)
     TransDiffPipeline.from_pretrained(model).save_pretrained(model)  # now its configs name the folder
-    bundle(model, output)
+    bundle(model, "digits", output)
     assert not (output / "old.txt").exists()
+    assert (output / ATTRIBUTION_NAME).read_text() == attribution("digits") + "\n"
     assert list(output.parent.iterdir()) == [output]
     for config in output.rglob("*.json"):
         assert str(tmp_path) not in config.read_text()
@@ -129,11 +188,11 @@ def test_bundling_beside_a_teacher_stores_common_weights_once(tmp_path):
     teacher, model, output = (tmp_path / name for name in ("package/digits", "trained", "package/student"))
     pipe = tiny_pipeline()
     pipe.save_pretrained(model)
-    bundle(model, teacher)
+    bundle(model, "digits", teacher)
     with torch.no_grad():
         pipe.transformer.proj_out.weight.add_(1.0)
     pipe.save_pretrained(model)
-    bundle(model, output, teacher)
+    bundle(model, "digits-flow-map", output)
     assert json.loads((output / SHARED_NAME).read_text()) == {"condition_encoder": "digits", "vae": "digits"}
     assert [file.parent.name for file in output.rglob("*.safetensors")] == ["transformer"]
     loaded = TransDiffPipeline.from_pretrained(output)
@@ -149,6 +208,6 @@ def test_bundling_beside_a_teacher_stores_common_weights_once(tmp_path):
             parameter.add_(1.0)
     pipe.save_pretrained(model)
     with pytest.raises(ValueError, match="no weights in common"):
-        bundle(model, output, teacher)
+        bundle(model, "digits-flow-map", output)
     assert (output / SHARED_NAME).is_file()
     assert {folder.name for folder in output.parent.iterdir()} == {"digits", "student"}  # nothing half-written

@@ -17,7 +17,7 @@ from tiny import tiny_pipeline
 
 import transdiff_pipelines
 from training.evaluate import parse
-from transdiff_pipelines import DIGITS, generation
+from transdiff_pipelines import DIGITS, EMOJI, TransDiffPipeline, generation, sources
 
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +74,7 @@ def test_version() -> None:
 def test_choices_are_those_of_the_package() -> None:
     assert get_args(import_module("transdiff_cli.generate").SchedulerName) == tuple(generation.SCHEDULER_CLASSES)
     assert get_args(import_module("transdiff_cli.common").DType) == generation.DTYPES
+    assert import_module("transdiff_cli.common").MODEL_HELP.endswith(f": {', '.join(sources.BUNDLED)}.")
 
 
 @pytest.mark.usefixtures("_in_empty_folder")
@@ -130,6 +131,15 @@ def test_info_reads_no_weights(model: str, tmp_path: Path) -> None:
 
 def test_info_without_a_model_is_that_of_the_bundled_digits() -> None:
     assert run("info").stdout == run("info", DIGITS).stdout != ""
+
+
+def test_info_lists_all_names_of_the_bundled_emoji() -> None:
+    result = run("info", "emoji")
+    assert "images: 64 x 64 pixels, MRAR, 4 to a sequence" in result.stdout
+    names = TransDiffPipeline.load_config(EMOJI)["id2label"]
+    listed = re.findall(r"^ +(\d+)  (.+)$", result.stdout, re.MULTILINE)
+    assert dict(listed) == names
+    assert run("info", "emoji", "--search", "face dog").stdout.split("  ")[-1] == "dog face\n"
 
 
 def test_info_search(model: str) -> None:

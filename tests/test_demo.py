@@ -236,6 +236,38 @@ def test_classes_are_offered_by_name():
     assert [name for name, _ in classes.choices] == ["dog face", "crane (1)", "hot dog", "crane (3)", "zebra"]
 
 
+def _blocks(page):
+    return {block.elem_id: block for block in page.blocks.values() if getattr(block, "elem_id", None)}
+
+
+@pytest.mark.parametrize(
+    ("names", "examples", "second"),
+    [
+        (["cat face", "ant", "dog face", "bat", "pizza"], [2, 4], 0),
+        (["goldfish", "golden retriever, retriever", "pizza, pizza pie", "tiger cat", "zebra"], [1, 2], 3),
+        (["pizza", "a", "b", "c", "d"], [3], 3),
+        (["crane", "crane", "b", "c", "d"], [3], 3),
+        (None, [3], 3),
+    ],
+)
+def test_the_page_opens_with_classes_by_name(names, examples, second):
+    page = _blocks(app.build(tiny_pipeline(id2label=names and dict(enumerate(names)))))
+    assert page["classes"].value == examples
+    assert (page["first"].value, page["second"].value) == (examples[0], second)
+    assert all(page[name].filterable for name in ("classes", "first", "second"))  # one may type to search
+
+
+def test_without_a_model_the_page_draws_emoji(monkeypatch):
+    asked, shown = [], []
+    monkeypatch.setattr(app, "load_pipeline", lambda model: asked.append(model) or tiny_pipeline())
+    build = app.build
+    monkeypatch.setattr(app, "build", lambda pipe, model: shown.append(model) or build(pipe, model))
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **options: None)
+    for model in (None, "digits", "digits-flow-map"):
+        app.launch(model)
+    assert asked == shown == ["emoji", "digits", "digits-flow-map"]
+
+
 def test_launch_shows_no_place_of_this_machine(tmp_path, monkeypatch):
     tiny_pipeline(condition_encoder=tiny_encoder()).save_pretrained(tmp_path / "model")
     seen: dict = {}

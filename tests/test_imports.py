@@ -23,13 +23,14 @@ training.settings
 transdiff_cli
 transdiff_pipelines.demo
 transdiff_pipelines.generation | transdiff_pipelines.write_cards
+transdiff_pipelines.sources
 transdiff_pipelines
 transdiff_pipelines.registration | transdiff_pipelines.pipelines
 transdiff_pipelines.loaders
 transdiff_pipelines.code_export | transdiff_pipelines.model_card
 transdiff_pipelines.schedulers | transdiff_pipelines.models
 transdiff_pipelines.latents | transdiff_pipelines.files | transdiff_pipelines.hub_access | transdiff_pipelines.data
-transdiff_pipelines.presets transdiff_pipelines.diffusers_internals
+transdiff_pipelines.presets transdiff_pipelines.diffusers_internals transdiff_pipelines.attribution
 """
 
 # Imports that close a circle and wait for whoever works on these modules. The list shrinks, and never grows.

@@ -62,6 +62,20 @@ def check_drawing() -> None:
     assert high - low > 150, f"grey levels from {low} to {high}"
 
 
+def check_emoji() -> None:
+    from PIL import Image
+
+    from transdiff_pipelines import EMOJI
+
+    run(COMMAND, "generate", "dog face", "pizza", "--scheduler", "unipc", "--steps", 4, "--output", "emoji.png")
+    emoji = Image.open("emoji.png")
+    assert emoji.size == (128, 64)
+    corners = [emoji.getpixel((x, y)) for x in (0, 63, 64, 127) for y in (0, 63)]
+    assert min(map(min, corners)) > 200, f"the corners are not white: {corners}"
+    authors = (EMOJI / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    assert "Twitter" in authors, "CC BY asks for the authors beside the weights"
+
+
 def check_conversion() -> None:
     from transdiff_pipelines import TransDiffPipeline
 
@@ -88,7 +102,7 @@ def check_code_repository() -> None:
 
 def main() -> None:
     assert not any(Path().iterdir()), f"{Path().resolve()} is not empty"
-    checks = (check_installation, check_drawing, check_conversion, check_code_repository)
+    checks = (check_installation, check_drawing, check_emoji, check_conversion, check_code_repository)
     for check in checks:
         check()
     print(f"{len(checks)} passed, 0 failed")

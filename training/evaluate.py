@@ -42,9 +42,10 @@ from training.evaluation.search import SEARCHED, parse_axis, plot_search
 from transdiff_cli.common import parse_scales, reader_may_leave
 from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.files import check_folder_writable, home_path, new_file
-from transdiff_pipelines.generation import model_source, without_loading_bars
+from transdiff_pipelines.generation import without_loading_bars
 from transdiff_pipelines.half_precision import half_precision_note
 from transdiff_pipelines.loaders.original_checkpoint import match_published
+from transdiff_pipelines.sources import model_source
 
 
 ERRORS = (SamplingError, DataError, ExtractorError, ReferenceImagesError, OSError)

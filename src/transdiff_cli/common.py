@@ -15,6 +15,9 @@ from typer.core import TyperCommand
 DType = Literal["float32", "bfloat16", "float16"]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
+# The names are the keys of `sources.BUNDLED`, which takes seconds to import.
+MODEL_HELP = "Folder or Hub repository of a pipeline, or a model of the package: digits, digits-flow-map, emoji."
+
 
 class Command(TyperCommand):
     """A subcommand whose options mean what they look like."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Debug, one_line_errors
+from .common import MODEL_HELP, Debug, one_line_errors
 
 
 def demo(
@@ -14,8 +14,8 @@ def demo(
         typer.Option(
             "--model",
             "-m",
-            help="Folder or Hub repository of a pipeline, or digits-flow-map.",
-            show_default="the bundled digits",
+            help=MODEL_HELP,
+            show_default="emoji",
         ),
     ] = None,
     host: Annotated[
@@ -33,7 +33,8 @@ def demo(
 
     \b
     Examples:
-      transdiff demo                                     # the bundled digits
+      transdiff demo                                     # the emoji of the package
+      transdiff demo --model digits-flow-map
       transdiff demo --model FOLDER --port 8000
     """
     with one_line_errors(debug):

@@ -1,5 +1,6 @@
 """`transdiff generate`: images from labels, or from the settings that an image carries."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .common import Debug, DType, one_line_errors, parse_scales, scales_in_words
+from .common import MODEL_HELP, Debug, DType, one_line_errors, parse_scales, scales_in_words
 from .files import check_format, keeps_settings, output_name, save_image, single_files
 
 
@@ -52,8 +53,8 @@ def generate(
         typer.Option(
             "--model",
             "-m",
-            help="Folder or Hub repository of a pipeline, or digits-flow-map.",
-            show_default="the bundled digits",
+            help=MODEL_HELP,
+            show_default="digits; emoji if the labels are names that it knows",
         ),
     ] = None,
     count: Annotated[
@@ -129,8 +130,9 @@ def generate(
 
     \b
     Examples:
-      transdiff generate 3 7 --output out.png            # the bundled model's digits 3 and 7
-      transdiff generate --count 6                       # every class of the bundled model, six times
+      transdiff generate "dog face" pizza rocket octopus   # emoji; transdiff info emoji lists the names
+      transdiff generate 3 7 --output out.png            # handwritten digits
+      transdiff generate --count 6                       # every digit, six times
       transdiff generate 8 -n 16 --seed 5 --scheduler unipc --steps 10   # the sampler for few steps
       transdiff generate 3 7 -n 50 --no-grid --output FOLDER             # FOLDER/3-0.png, FOLDER/3-1.png, ...
       transdiff generate 4 -n 9 --no-grid --output "four-{number}.webp"
@@ -202,10 +204,17 @@ def _settings(
     """The given settings, over those of an image if there is one; its labels stand until others are known."""
     from transdiff_pipelines import __version__
     from transdiff_pipelines.generation import SDE_SAMPLERS, GenerationSettings
+    from transdiff_pipelines.sources import model_for_labels
 
     if from_image is None:
-        return GenerationSettings(labels=(0,), **({} if grid else {"batch_size": 1}) | given)
+        chosen = {} if "model" in given else {"model": model_for_labels(labels or [])}
+        return GenerationSettings(labels=(0,), **({} if grid else {"batch_size": 1}) | chosen | given)
     stored = GenerationSettings.from_image(from_image)
+    if "model" not in given and stored.model is None and (other := model_for_labels(labels or [])):
+        raise ValueError(
+            f"{from_image} was drawn by the digits, which do not have these classes, and {other} has: draw without "
+            f"--from, or with --model {other}"
+        )
     if len(given.get("lora", stored.lora)) != len(stored.lora):  # these are others, not the same in another place
         stored = replace(stored, lora=(), lora_scale=(), lora_digest=())
     if stored.version != __version__:
@@ -253,8 +262,11 @@ def _label_ids(pipe: "TransDiffPipeline", labels: Sequence[str] | None) -> tuple
         numbers_and_names = [int(label) if label.isdecimal() else label for label in labels]
         return tuple(parse_class_labels(numbers_and_names, ClassNames(pipe.config.id2label), num_classes))
     if num_classes > MAX_CLASSES_BY_DEFAULT:
-        example = f"transdiff generate {'goldfish' if 'goldfish' in pipe.labels else '0'}"
-        raise ValueError(f"which of the model's {num_classes} classes? Name the labels, e.g. {example}")
+        example = "goldfish" if "goldfish" in pipe.labels else next(iter(pipe.labels), "0")
+        raise ValueError(
+            f"which of the model's {num_classes} classes? Name the labels, e.g. transdiff generate "
+            f"{shlex.quote(example)}"
+        )
     return tuple(range(num_classes))
 
 

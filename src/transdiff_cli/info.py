@@ -6,18 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Debug, one_line_errors, scales_in_words
+from .common import MODEL_HELP, Debug, one_line_errors, scales_in_words
 
 
-MAX_CLASSES_SHOWN = 20
+MAX_CLASSES_SHOWN = 60  # all of the bundled emoji
 
 
 def info(
     model: Annotated[
         str | None,
-        typer.Argument(
-            help="Folder or Hub repository of a pipeline, or digits-flow-map.", show_default="the bundled digits"
-        ),
+        typer.Argument(help=MODEL_HELP, show_default="digits"),
     ] = None,
     search: Annotated[
         str | None,
@@ -32,11 +30,12 @@ def info(
 
     \b
     Examples:
-      transdiff info                                     # the bundled digits
+      transdiff info                                     # the digits of the package
+      transdiff info emoji                               # what names can be drawn?
       transdiff info FOLDER --search terrier             # which classes are terriers?
     """
     with one_line_errors(debug):
-        from transdiff_pipelines.generation import model_source
+        from transdiff_pipelines.sources import model_source
 
         source = model_source(model)
         index = _pipeline_index(source)

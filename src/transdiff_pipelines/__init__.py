@@ -32,10 +32,13 @@ from .schedulers import FlowMapScheduler, FlowMatchEulerMaruyamaScheduler, FlowM
 __version__ = "0.1.0"
 
 DIGITS = Path(__file__).parent / "checkpoints" / "digits"
-"""Folder of the bundled checkpoint: an MRAR model of handwritten digits."""
+"""Folder of a bundled checkpoint: an MRAR model of handwritten digits."""
 
 DIGITS_FLOW_MAP = DIGITS.with_name("digits_flow_map")
 """Folder of its flow map, for digits in one to four calls; to be loaded with `TransDiffPipeline.from_pretrained`."""
+
+EMOJI = DIGITS.with_name("emoji")
+"""Folder of an MRAR model of emoji: colour pictures of 64 pixels, of sixty classes by name."""
 
 register_with_diffusers(
     ARConditionEncoder,
@@ -52,6 +55,7 @@ register_hook_targets([ARTransformerBlock, TransDiffTransformerBlock], TransDiff
 __all__ = [
     "DIGITS",
     "DIGITS_FLOW_MAP",
+    "EMOJI",
     "ARConditionEncoder",
     "FlowMapScheduler",
     "FlowMatchEulerMaruyamaScheduler",

@@ -24,12 +24,11 @@ from diffusers.utils import logging as diffusers_logging
 from diffusers.utils import make_image_grid
 from PIL import Image, PngImagePlugin
 
-from . import DIGITS, DIGITS_FLOW_MAP, __version__
-from .files import pipeline_folder, why_no_pipeline
+from . import __version__
 from .hub_access import check_hub_has
-from .loaders.original_repository import explain_original_repository
 from .models.lora_file import LoraFileError, digest_of
 from .pipelines import TransDiffPipeline
+from .sources import is_repository_name, model_source
 
 
 SCHEDULER_CLASSES: dict[str, str] = {
@@ -53,9 +52,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 PNG_KEY = "transdiff"
 """Keyword of the PNG text chunk that holds the settings as JSON."""
 
-BUNDLED = {"digits": DIGITS, "digits-flow-map": DIGITS_FLOW_MAP}
-"""Names of the models that come with the package, and their folders."""
-
 MAX_IMAGES = 100_000
 MAX_STEPS = 10_000
 MAX_SEED = 2**63 - 1
@@ -69,7 +65,7 @@ class GenerationSettings:
 
     Args:
         labels: class ids, each at least 0.
-        model: folder or Hub repository of the pipeline; None is the bundled digits model.
+        model: folder or Hub repository of the pipeline, or the name of a bundled one; None is the digits.
         count: images of each label, next to one another.
         seed: 0..2^63-1, of the first image.
         guidance_scale: 0..1000, one number, or one for each image of the AR sequence; None is the model's
@@ -359,7 +355,7 @@ def grid_shape(number: int, count: int) -> tuple[int, int]:
 
 
 def load_pipeline(model: str | None = None, dtype: str = "float32", device: str | None = None) -> TransDiffPipeline:
-    """A pipeline from a folder or a Hub repository, or the bundled digits; on the accelerator if there is one.
+    """The pipeline that `model_source` finds for a name, None being the digits; on the accelerator if there is one.
 
     Raises:
         ValueError: `model` is a file, or the device cannot be used here.
@@ -380,37 +376,6 @@ def without_loading_bars() -> Iterator[None]:
     finally:
         if shown:
             diffusers_logging.enable_progress_bar()
-
-
-def model_source(model: str | None) -> str:
-    """What `from_pretrained` loads for `model`; an error, as in `load_pipeline`, where that cannot be a pipeline.
-
-    The name of a bundled model is one, unless there is a file or folder of that name.
-    """
-    if model is None:
-        return str(DIGITS)
-    if model in BUNDLED and not Path(model).exists():
-        return str(BUNDLED[model])
-    if Path(model).is_file():
-        raise ValueError(
-            f"model {model} is a file; expected a pipeline's folder. A released checkpoint is converted first: "
-            f"transdiff convert {shlex.quote(model)} --vae VAE.pth --output FOLDER"
-        )
-    folder = Path(model).expanduser()
-    if not folder.exists():
-        if _is_repository_name(model):
-            if explanation := explain_original_repository(model):  # known by its name, without the Hub
-                raise ValueError(explanation)
-            check_hub_has(model)
-            return model
-        raise FileNotFoundError(
-            f"model {model} does not exist; expected a pipeline's folder, a Hub OWNER/NAME or one of the bundled "
-            f"{' and '.join(BUNDLED)}"
-        )
-    place = pipeline_folder(folder)
-    if (place / "model_index.json").is_file():
-        return str(place)
-    raise FileNotFoundError(explain_original_repository(folder) or f"model {model} {why_no_pipeline(folder)}")
 
 
 def load_loras(pipe: TransDiffPipeline, settings: GenerationSettings) -> GenerationSettings:
@@ -444,18 +409,13 @@ def lora_source(lora: str) -> str:
     place = Path(lora).expanduser()
     if place.exists():
         return str(place)
-    if _is_repository_name(lora):
+    if is_repository_name(lora):
         check_hub_has(lora)
         return lora
     raise FileNotFoundError(
         f"LoRA {lora} does not exist; expected the file or folder of an adapter, the folder of the run that trained "
         "it, or a Hub OWNER/NAME. If it has moved, name its place with --lora"
     )
-
-
-def _is_repository_name(model: str) -> bool:
-    """Whether `model` reads as OWNER/NAME and not as a path."""
-    return model.count("/") == 1 and model[0] not in "./~" and not model.endswith("/")
 
 
 def _device(name: str | None) -> torch.device:

@@ -1,9 +1,9 @@
-"""Model cards: of the published checkpoints, of the bundled model, of a pipeline on its way to the Hub.
+"""Model cards: of the published checkpoints, of the bundled models, of a pipeline on its way to the Hub.
 
 `python -m transdiff_pipelines.write_cards` writes those of this repository.
 
-The numbers come from `presets.py`, and those of the bundled model from its folder: its configuration, and
-`quality.json` as `training.digits.quality --output` writes it.
+The numbers come from `presets.py`, and those of a bundled model from its folder: its configuration, and
+`quality.json` as `training.digits.quality --output` or `training.emoji.quality --output` writes it.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
+from .attribution import attribution
 from .latents import vae_stride
 from .presets import DEFAULT_NUM_INFERENCE_STEPS, ORIGINAL_REPOSITORY, PUBLISHED, PublishedModel
 
@@ -23,7 +24,7 @@ CARD_NAME = "README.md"
 """The file that the Hub shows as a repository's model card."""
 
 QUALITY_NAME = "quality.json"
-"""The file of measured numbers in the bundled model's folder."""
+"""The file of measured numbers in a bundled model's folder."""
 
 TASK = "unconditional-image-generation"
 PAPER_URL = "https://arxiv.org/abs/2506.09482"
@@ -69,16 +70,6 @@ EMOJI_MEASURES = {  # as DIGITS_MEASURES
     "copies": ("copies", "nearer to a training drawing than 99% of the held-out drawings are, %", 100),
     "reconstructions": ("reconstructions", "as near to one as its own reconstruction by the VAE, %", 100),
 }
-
-EMOJI_SETS = [  # name, author, licence, address
-    ("Noto Emoji", "Google Inc.", "Apache-2.0", "https://github.com/googlefonts/noto-emoji"),
-    ("Noto Emoji, version 1", "Google Inc.", "Apache-2.0", "https://github.com/googlefonts/noto-emoji"),
-    ("Twemoji (Twitter Emoji)", "Twitter and other contributors", "CC BY 4.0", "https://github.com/jdecked/twemoji"),
-    ("EmojiOne 2.3", "EmojiOne, now JoyPixels", "CC BY 4.0", "https://github.com/EmojiTwo/emojitwo"),
-    ("Fluent Emoji", "Microsoft Corporation", "MIT", "https://github.com/microsoft/fluentui-emoji"),
-    ("Fluent Emoji Flat", "Microsoft Corporation", "MIT", "https://github.com/microsoft/fluentui-emoji"),
-]
-"""Whose drawings the emoji models learned from; CC BY asks for the names."""
 
 
 def published_card(model: PublishedModel) -> str:
@@ -150,7 +141,7 @@ def digits_card(folder: Path) -> str:
     ]
     if is_flow_map:
         limits.append("Its best is its teacher's probability-flow ODE, which varies less within a class than the SDE.")
-    sections = [origin, *_saved_facts(folder), usage]
+    sections = [origin, *_saved_facts(folder), usage, attribution("digits")]
     if quality:
         measured = (
             f"{_measured('digits', quality)}, at 8×8 pixels, against the {quality['split']} split of the real digits."
@@ -174,17 +165,12 @@ def emoji_card(folder: Path) -> str:
         "of which one was held out, with the commands and configurations that the section Emoji of "
         "`training/README.md` names."
     )
-    sets = [(f"[{name}]({url})", author, licence) for name, author, licence, url in EMOJI_SETS]
-    attribution = (
-        "## Attribution\n\nThe model learned from drawings of these artists, turned into pictures, and what it draws "
-        "resembles them. Whoever passes on its weights or pictures names them, as CC BY asks. None of them endorses "
-        "the model.\n\n" + _table(("set", "author", "licence"), sets)
-    )
     limits = [
         "Six drawings of a class are few, and much of what it draws is memory of them.",
         "It knows the names in its configuration, on white, and nothing else.",
     ]
-    sections = [origin, *_saved_facts(folder), _usage('"FOLDER"', _first_name(folder)), attribution]
+    usage = _usage("EMOJI", _first_name(folder), extra_import="EMOJI, ")
+    sections = [origin, *_saved_facts(folder), usage, attribution("emoji")]
     if quality:
         measured = (
             f"{_measured('emoji', quality)}, by the features of a network that was trained on the training drawings, "

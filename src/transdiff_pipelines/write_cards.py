@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import DIGITS, DIGITS_FLOW_MAP
+from . import DIGITS, DIGITS_FLOW_MAP, EMOJI
 from .files import home_path, new_file
 from .model_card import all_cards
 
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=home_path, default=Path("model_cards"), help="folder of the cards")
     parser.add_argument("--check", action="store_true", help="write nothing; fail unless the folder is current")
     options = parser.parse_args(arguments)
-    cards = all_cards(DIGITS, DIGITS_FLOW_MAP, emoji=DIGITS.with_name("emoji"))
+    cards = all_cards(DIGITS, DIGITS_FLOW_MAP, EMOJI)
     if options.check:
         present = {path.name: path.read_text(encoding="utf-8") for path in options.output.glob("*.md")}
         stale = sorted(name for name in cards.keys() | present.keys() if cards.get(name) != present.get(name))

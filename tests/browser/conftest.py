@@ -5,17 +5,18 @@ from .driver import Visitor, serve
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    with serve(tmp_path_factory.mktemp("space")) as served:
+    """Of the digits, which are drawn sooner than the emoji."""
+    with serve(tmp_path_factory.mktemp("space"), "digits") as served:
         yield served
 
 
 @pytest.fixture
 def visit(server, tmp_path):
-    """A function that opens the page in a browser of its own."""
+    """A function that opens the page in a browser of its own, that of `server` or another one."""
     visitors = []
 
-    def open_page(**size):
-        visitors.append(Visitor(server[0], tmp_path / f"profile{len(visitors)}", **size))
+    def open_page(address=server[0], **size):
+        visitors.append(Visitor(address, tmp_path / f"profile{len(visitors)}", **size))
         return visitors[-1]
 
     yield open_page

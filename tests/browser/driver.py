@@ -40,13 +40,20 @@ FLAGS = [
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Address and log of a server that runs a copy of the demo's file in an otherwise empty folder."""
+def serve(folder: Path, model: str | None = None) -> Iterator[tuple[str, Path]]:
+    """Address and log of a server that runs a copy of the demo's file in an otherwise empty folder.
+
+    Args:
+        model: what the Space's variable names; None leaves it unset, for the demo's default.
+    """
     app, log = shutil.copy(APP, folder / "app.py"), folder / "server.log"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(folder / "cache")}
+    environment.pop("TRANSDIFF_MODEL", None)
+    if model is not None:
+        environment["TRANSDIFF_MODEL"] = model
     with log.open("wb") as output:
         server = subprocess.Popen(
             [sys.executable, app], cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT

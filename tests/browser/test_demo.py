@@ -9,6 +9,8 @@ from PIL import Image
 from transdiff_pipelines import DIGITS, TransDiffPipeline
 from transdiff_pipelines.generation import GenerationSettings, draw
 
+from .driver import serve
+
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
 
@@ -40,6 +42,18 @@ def test_choose_draw_and_download(visit):
     # A batch of another size rounds differently: a grey level at most.
     assert max(abs(a - b) for a, b in zip(images[4].tobytes(), again.tobytes(), strict=True)) <= 1
     assert page.hosts() == {"127.0.0.1"}
+
+
+def test_emoji_are_found_by_any_part_of_their_names(visit, tmp_path):
+    """The page without a model named: it opens with two classes of the emoji, and finds names of several words."""
+    with serve(tmp_path) as (address, _):
+        page = visit(address)
+        assert page.text("#recipe").startswith("transdiff generate 24 47 --model emoji ")
+        few_steps(page)
+        page.pick("#classes", "ice cr")
+        page.wait(lambda: "generate 24 47 54 " in page.text("#recipe"))
+        assert len(page.draw()) == 3
+        assert "soft ice cream, seed 2" in page.text("#sequence")
 
 
 def test_the_sequence_appears_image_by_image(visit):

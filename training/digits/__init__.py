@@ -1,1 +1,1 @@
-"""The digits data set, its small VAE, and the quality measures of the bundled model."""
+"""The digits data set, its small VAE, and the quality measures of the bundled digits."""

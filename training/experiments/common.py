@@ -23,7 +23,8 @@ from training.evaluation.quality import frechet_error
 from training.evaluation.references import load_reference
 from transdiff_pipelines import DIGITS, TransDiffPipeline
 from transdiff_pipelines.files import check_folder_writable, home_path, new_file
-from transdiff_pipelines.generation import model_source, without_loading_bars
+from transdiff_pipelines.generation import without_loading_bars
+from transdiff_pipelines.sources import model_source
 
 
 # Images `(N, H, W, 3)` in [0, 1] and the labels `(N,)` they should show, to measures.

@@ -1,4 +1,5 @@
-"""The page. This file is also a Hugging Face Space's `app.py`: the Space's variable TRANSDIFF_MODEL names the model.
+"""The page. This file is also a Hugging Face Space's `app.py`: the Space's variable TRANSDIFF_MODEL names the model,
+the bundled emoji without it.
 
 No visitor's input reaches the model unchecked (`request.py`), and no visitor reads a path or a traceback: what was
 not foreseen goes to the server's log.
@@ -8,7 +9,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from transdiff_pipelines.demo.view import CSS, sequence_html
 from transdiff_pipelines.generation import SDE_SAMPLERS, load_pipeline, own_sampler, samplers_for
 
 
+DEFAULT_MODEL = "emoji"
 CONCURRENT_REQUESTS = 2
 QUEUE_LENGTH = 16
 DELETE_FILES_AFTER = 3600  # seconds; also how often Gradio looks
@@ -48,6 +50,11 @@ ABOUT = """# TransDiff
 step by step. With several images to a sequence (MRAR), each is made with those before it as references, and the last
 is the result: click it to download it."""
 
+EXAMPLES = ("dog face", "golden retriever", "pizza")
+"""Names of the classes that the page opens with: the first two that the model knows."""
+PARTNERS = ("cat face", "tiger cat")
+"""Names of the class that the first of these is blended with: the first one that the model knows."""
+
 PICTURE_HELP = "It starts the sequence in place of a drawn image. PNG, JPEG or WebP; the centre square is taken."
 
 
@@ -57,6 +64,8 @@ def build(pipe: TransDiffPipeline, model: str | None = None) -> gr.Blocks:
     names = {label: _name(pipe, label) for label in range(pipe.condition_encoder.config.num_classes)}
     shared = {name for name, count in Counter(names.values()).items() if count > 1}
     choices = [(f"{name} ({label})" if name in shared else name, label) for label, name in names.items()]
+    examples = _classes(pipe, EXAMPLES, [3, 7])
+    blended = (examples[0], _classes(pipe, PARTNERS, [len(names) - 2])[0])
     pixelated = ["pixelated"] if pipe.image_side <= 64 else []
 
     def request(*values: Any) -> DemoRequest:
@@ -87,13 +96,12 @@ def build(pipe: TransDiffPipeline, model: str | None = None) -> gr.Blocks:
                 modes = MODES if num_images > 1 else (CLASSES, BLEND)
                 mode = gr.Radio(modes, value=CLASSES, label="What to draw", elem_id="mode")
                 labels = gr.Dropdown(
-                    choices, value=_first(names, 3, 7), multiselect=True, max_choices=MAX_IMAGES,
+                    choices, value=examples, multiselect=True, max_choices=MAX_IMAGES,
                     label="Classes", info="Type to search; several are drawn together.", elem_id="classes",
                 )  # fmt: skip
                 with gr.Group(visible=False) as blend_controls:
-                    first_value, second_value = (_first(names, 3) + _first(names, len(names) - 2))[:2]
-                    first = gr.Dropdown(choices, value=first_value, label="First class", elem_id="first")
-                    second = gr.Dropdown(choices, value=second_value, label="Second class", elem_id="second")
+                    first = gr.Dropdown(choices, value=blended[0], label="First class", elem_id="first")
+                    second = gr.Dropdown(choices, value=blended[1], label="Second class", elem_id="second")
                     share = gr.Slider(
                         0, 1, 0.5, step=0.05, label="Blend", info="0 is the first class, 1 the second.",
                         elem_id="share",
@@ -157,7 +165,7 @@ def launch(model: str | None = None, host: str | None = None, port: int | None =
     """Serve the page until Ctrl-C.
 
     Args:
-        model: folder or Hub repository of a pipeline; None is the bundled digits.
+        model: folder or Hub repository of a pipeline, or the name of a bundled one; None is the emoji.
         host: address to serve on; None is Gradio's own choice, this machine alone, or that of a Space.
         port: None is the first free one from 7860 on.
         share: also make a public link, through Gradio's servers.
@@ -165,8 +173,9 @@ def launch(model: str | None = None, host: str | None = None, port: int | None =
     Raises:
         ValueError, OSError: the model cannot be loaded, or the port is taken.
     """
+    model = model or DEFAULT_MODEL
     # Visitors are not shown where a folder lies on this machine.
-    shown = Path(model).resolve().name if model is not None and Path(model).exists() else model
+    shown = Path(model).resolve().name if Path(model).exists() else model
     build(load_pipeline(model), shown).launch(
         server_name=host,
         server_port=port,
@@ -203,9 +212,12 @@ def _name(pipe: TransDiffPipeline, label: int) -> str:
     return (pipe.config.id2label or {}).get(label, str(label))
 
 
-def _first(names: dict[int, str], *wanted: int) -> list[int]:
-    """Those of the class ids that there are, or the first class."""
-    return [label for label in wanted if label in names] or [0]
+def _classes(pipe: TransDiffPipeline, wanted: Sequence[str], otherwise: Sequence[int]) -> list[int]:
+    """Classes of the names wanted, as many as `otherwise` has; or where they are missing, those ids, or class 0."""
+    found = [pipe.labels[name] for name in wanted if name in pipe.labels][: len(otherwise)]
+    if len(found) == len(otherwise):
+        return found
+    return [label for label in otherwise if 0 <= label < pipe.condition_encoder.config.num_classes] or [0]
 
 
 def _own_guidance(pipe: TransDiffPipeline) -> str:
