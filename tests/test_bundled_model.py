@@ -30,14 +30,15 @@ from transdiff_pipelines.loaders.shared_weights import SHARED_NAME
 
 ROOT = Path(__file__).parents[1]
 RED, GREEN, BLUE = range(3)
-# Emoji whose colour all six hands agree on: channels that are strong in it, and those that are weak.
+# Emoji whose colour all artists agree on: channels that are strong in it, and those that are weak. In every real
+# drawing of them there is a margin of 0.29 or more between the two.
 COLOURS = {
     "red heart": ([RED], [GREEN, BLUE]),
+    "crab": ([RED], [GREEN, BLUE]),
     "strawberry": ([RED], [GREEN, BLUE]),
-    "frog": ([GREEN], [RED, BLUE]),
-    "cactus": ([GREEN], [RED, BLUE]),
     "lemon": ([RED, GREEN], [BLUE]),
     "baby chick": ([RED, GREEN], [BLUE]),
+    "dolphin": ([BLUE], [RED]),
 }
 
 
@@ -115,46 +116,50 @@ class TestFlowMap:
             TransDiffPipeline.from_pretrained(folder)
 
 
+@pytest.fixture(scope="module")
+def emoji():
+    pipe = TransDiffPipeline.from_pretrained(EMOJI)
+    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def drawn(emoji):
+    """By name, four pictures of each in [0, 1]."""
+    names = [name for name in COLOURS for _ in range(4)]
+    images = emoji(names, num_inference_steps=10, generator=seeded(), output_type="np").images
+    return {name: images[4 * number : 4 * number + 4] for number, name in enumerate(COLOURS)}
+
+
 class TestEmoji:
     """What can be told without the drawings that judge it: `training.emoji.quality` measures it by these."""
 
-    @pytest.fixture(scope="class")
-    def pipe(self):
-        pipe = TransDiffPipeline.from_pretrained(EMOJI)
-        pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    @pytest.fixture(scope="class")
-    def drawn(self, pipe):
-        """By name, two pictures of each in [0, 1]."""
-        names = [name for name in COLOURS for _ in range(2)]
-        images = pipe(names, num_inference_steps=10, generator=seeded(), output_type="np").images
-        return {name: images[2 * number : 2 * number + 2] for number, name in enumerate(COLOURS)}
-
-    def test_its_classes_are_those_of_the_list(self, pipe):
+    def test_its_classes_are_those_of_the_list(self, emoji):
         lines = (ROOT / "training/emoji/classes_60.txt").read_text(encoding="utf-8").splitlines()
-        assert list(pipe.labels) == sorted(line for line in lines if not line.startswith("#"))
-        assert (pipe.condition_encoder.num_images, pipe.image_side) == (4, 64)
+        assert list(emoji.labels) == sorted(line for line in lines if not line.startswith("#"))
+        assert (emoji.condition_encoder.num_images, emoji.image_side) == (4, 64)
 
     def test_its_pictures_are_on_white(self, drawn):
         for name, images in drawn.items():
-            corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+            corners = images[:, [0, 1, 2, -3, -2, -1]][:, :, [0, 1, 2, -3, -2, -1]]
             assert corners.mean() > 0.9, name
             assert images.min() < 0.6, name
 
     @pytest.mark.parametrize("name", COLOURS)
     def test_its_pictures_have_the_colour_of_what_they_show(self, drawn, name):
+        """With a random decoder or a random encoder the margin is 0.2 at most, and the dolphin is not blue."""
         ink = drawn[name][drawn[name].min(axis=-1) < 0.8].mean(axis=0)
         strong, weak = COLOURS[name]
-        assert ink[strong].min() > ink[weak].max() + 0.1, ink
+        assert ink[strong].min() > ink[weak].max() + 0.25, ink
 
     def test_pictures_of_one_class_are_more_alike_than_those_of_two(self, drawn):
-        first, second = (np.stack([images[number] for images in drawn.values()]) for number in (0, 1))
-        distances = np.square(first[:, None] - second[None]).mean(axis=(2, 3, 4))
-        own = np.diag(distances)
-        others = (distances.sum(axis=1) - own) / (len(own) - 1)
-        assert own.mean() < 0.7 * others.mean()
+        """The ratio of their squared distances is 0.5 for real drawings, and 0.9 or more for random networks."""
+        pixels = np.stack(list(drawn.values())).reshape(len(COLOURS), 4, -1)
+        distances = np.square(pixels[:, :, None, None] - pixels).mean(axis=-1)  # class, picture, class, picture
+        own = np.mean([distances[number, :, number].sum() / (4 * 3) for number in range(len(COLOURS))])
+        others = np.mean([distances[i, :, j] for i in range(len(COLOURS)) for j in range(len(COLOURS)) if i != j])
+        assert own < 0.8 * others
 
 
 def test_names_are_the_digits():
