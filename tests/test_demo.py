@@ -268,6 +268,11 @@ def test_without_a_model_the_page_draws_emoji(monkeypatch):
     assert asked == shown == ["emoji", "digits", "digits-flow-map"]
 
 
+def test_the_page_names_those_whose_works_its_model_learned_from():
+    assert "Microsoft" in _blocks(app.build(tiny_pipeline(), "emoji"))["credits"].value
+    assert "credits" not in _blocks(app.build(tiny_pipeline(), "a-folder"))
+
+
 def test_launch_shows_no_place_of_this_machine(tmp_path, monkeypatch):
     tiny_pipeline(condition_encoder=tiny_encoder()).save_pretrained(tmp_path / "model")
     seen: dict = {}

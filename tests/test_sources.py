@@ -71,6 +71,10 @@ def test_a_picture_keeps_its_model_whatever_the_labels() -> None:
     assert run("generate", "--from", "three.png", "pizza", "--model", "emoji").exit_code == 0
 
 
+def test_emoji_are_too_many_to_draw_all_unasked() -> None:
+    assert_one_line_error(run("generate", "--model", "emoji"), "60 classes", "e.g. transdiff generate airplane")
+
+
 @pytest.mark.parametrize("name", BUNDLED)
 def test_names_of_bundled_models(name: str) -> None:
     assert model_source(name) == str(BUNDLED[name])

@@ -54,3 +54,9 @@ def attribution(model: str) -> str:
     lines = ["| work | author | licence |", "| --- | --- | --- |"]
     lines += [f"| [{work.name}]({work.url}) | {work.author} | {work.licence} |" for work in WORKS[model]]
     return "## Attribution\n\n" + NOTICE + "\n\n" + "\n".join(lines)
+
+
+def credits(model: str) -> str:
+    """The same in a sentence, for a page that shows pictures of the model."""
+    works = [f"[{work.name}]({work.url}) ({work.author}, {work.licence})" for work in WORKS[model]]
+    return f"It learned from {', '.join(works)}."

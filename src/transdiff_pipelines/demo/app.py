@@ -19,6 +19,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio is i
 import gradio as gr
 
 from transdiff_pipelines import TransDiffPipeline
+from transdiff_pipelines.attribution import WORKS, credits
 from transdiff_pipelines.demo.drawing import draw_frames
 from transdiff_pipelines.demo.request import (
     BLEND,
@@ -137,6 +138,8 @@ def build(pipe: TransDiffPipeline, model: str | None = None) -> gr.Blocks:
                 sequence = gr.HTML(sequence_html([], num_images), elem_id="sequence", elem_classes=pixelated)
         code = gr.Code(language="shell", label="The same without this page", interactive=False, lines=1,
                        wrap_lines=True, show_line_numbers=False, elem_id="recipe", buttons=["copy"])  # fmt: skip
+        if model in WORKS:
+            gr.Markdown(credits(model), elem_id="credits")
 
         controls: list[Any] = [mode, labels, first, second, share, upload, count, seed, steps, guidance, scheduler,
                                drift, diffusion]  # fmt: skip
