@@ -139,6 +139,7 @@ def test_info_lists_all_names_of_the_bundled_emoji() -> None:
     names = TransDiffPipeline.load_config(EMOJI)["id2label"]
     listed = re.findall(r"^ +(\d+)  (.+)$", result.stdout, re.MULTILINE)
     assert dict(listed) == names
+    assert [int(class_id) for class_id, _ in listed] == list(range(len(names)))
     assert run("info", "emoji", "--search", "face dog").stdout.split("  ")[-1] == "dog face\n"
 
 

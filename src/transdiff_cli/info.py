@@ -39,7 +39,8 @@ def info(
 
         source = model_source(model)
         index = _pipeline_index(source)
-        names = {int(class_id): name for class_id, name in (index.get("id2label") or {}).items()}
+        # Sorted, because JSON has the ids as texts, where 10 comes before 2.
+        names = dict(sorted((int(class_id), name) for class_id, name in (index.get("id2label") or {}).items()))
         # The search comes before the description, so that one which finds nothing prints its error alone.
         classes = _found(names, search) if search is not None else names
         if search is None:
