@@ -40,8 +40,8 @@ def logged(config: TrainConfig, name: str, file: str = "metrics.jsonl") -> list[
     return [json.loads(line)[name] for line in (Path(config.output) / file).read_text().splitlines()]
 
 
-# The first steps of Adam are as long as the learning rate whatever the gradient's size, so its rounding in bfloat16 decides
-# where some weights go: with a tenth of the learning rate, that moves the losses a tenth as far.
+# The first steps of Adam are as long as the learning rate whatever the gradient's size, so its rounding in bfloat16
+# decides where some weights go: with a tenth of the learning rate, that moves the losses a tenth as far.
 BF16 = {"mixed_precision": "bf16", "optimizer.learning_rate": 1e-3}
 RUNS = {
     "1-step": {},
