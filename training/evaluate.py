@@ -42,7 +42,7 @@ from training.evaluation.search import SEARCHED, parse_axis, plot_search
 from transdiff_cli.common import parse_scales, reader_may_leave
 from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.files import check_folder_writable, home_path, new_file
-from transdiff_pipelines.generation import without_loading_bars
+from transdiff_pipelines.generation import SCHEDULER_CLASSES, make_scheduler, without_loading_bars
 from transdiff_pipelines.half_precision import half_precision_note
 from transdiff_pipelines.loaders.original_checkpoint import match_published
 from transdiff_pipelines.sources import model_source
@@ -63,6 +63,7 @@ def load_pipeline(options: argparse.Namespace, device: torch.device) -> TransDif
             pipe = TransDiffPipeline.from_pretrained(model_source(options.model), dtype=getattr(torch, options.dtype))
     except (OSError, ValueError) as error:
         raise SamplingError(str(error)) from error
+    pipe.scheduler = make_scheduler(pipe.scheduler, options.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -138,7 +139,11 @@ def sampling_settings(pipe: TransDiffPipeline, options: argparse.Namespace) -> d
     unknown = [name for name in SCALES if name in given and pipe.scheduler.config.get(name) is None]
     if unknown:
         raise SamplingError(f"{type(pipe.scheduler).__name__} has no {', '.join(unknown)}; leave the option out")
-    extra = {"num_inference_steps": options.num_inference_steps, "num_ar_steps": options.num_ar_steps}
+    extra = {
+        "num_inference_steps": options.num_inference_steps or pipe.recommended_num_inference_steps,
+        "num_ar_steps": options.num_ar_steps,
+        "scheduler": type(pipe.scheduler).__name__,
+    }
     return settings | given | extra
 
 
@@ -284,7 +289,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     sampling.add_argument("--drift-scale", type=float)
     sampling.add_argument("--diffusion-scale", type=float)
-    sampling.add_argument("--num-inference-steps", type=positive, default=100)
+    sampling.add_argument("--scheduler", choices=SCHEDULER_CLASSES, help="such as unipc, with fewer steps")
+    sampling.add_argument("--num-inference-steps", type=positive)
     sampling.add_argument("--num-ar-steps", type=positive, help="MRAR: stop after this image of the sequence")
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--extractor", help="torch-fidelity, torchscript, pixels or module:function")

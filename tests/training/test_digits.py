@@ -219,6 +219,7 @@ def test_quality_script_measures_a_saved_pipeline(digits: Path, tmp_path: Path, 
 
     result = json.loads((tmp_path / "result.json").read_text())
     settings = {"guidance_scale": 1.5, "num_inference_steps": 2, "drift_scale": 0.9, "diffusion_scale": 0.5}
+    settings["scheduler"] = "FlowMatchEulerMaruyamaScheduler"
     assert result["settings"] == settings  # the checkpoint's own where nothing is said
     assert [run["seed"] for run in result["runs"]] == [3, 4, 3]
     first, second, again = (run["frechet"] for run in result["runs"])
@@ -227,3 +228,9 @@ def test_quality_script_measures_a_saved_pipeline(digits: Path, tmp_path: Path, 
     assert result["mean"]["frechet"] > 10 * result["real"]["frechet"]
     assert size_of(tmp_path / "grid.png") == (320, 64)
     assert f"| {100 * result['real']['recognition']:.2f} |" in capsys.readouterr().out
+
+    options = ["--num-images=20", "--num-inference-steps=2", "--seeds=3", "--scheduler=unipc", files[0]]
+    quality.main([f"--model={tmp_path / 'model'}", f"--data={digits}", *options])
+    other = json.loads((tmp_path / "result.json").read_text())
+    assert other["settings"]["scheduler"] == "UniPCMultistepScheduler"
+    assert other["runs"][0]["frechet"] != first

@@ -44,7 +44,7 @@ from training.evaluation.sampling import (
     write_npz,
 )
 from training.evaluation.search import parse_axis
-from transdiff_pipelines import half_precision
+from transdiff_pipelines import TransDiffPipeline, half_precision
 
 
 CPU = torch.device("cpu")
@@ -483,12 +483,27 @@ class TestCommand:
             "diffusion_scale": 0.95,
             "num_inference_steps": 2,
             "num_ar_steps": None,
+            "scheduler": "FlowMatchEulerMaruyamaScheduler",
         }
         row = (tmp_path / "out" / "results.md").read_text().splitlines()[-1]
         assert f"{result['metrics']['fid']:.4g}" in row
         assert "type: fid" in (tmp_path / "out" / "model-index.yml").read_text()
         assert size_of(tmp_path / "out" / "samples.png") == (64, 8)
         assert (tmp_path / "out" / "samples_10.npz").exists()
+
+    def test_steps_are_the_checkpoint_s_and_the_scheduler_can_be_another(self, pipe, tmp_path):
+        pipe = TransDiffPipeline(**pipe.components, num_inference_steps=3)
+        pipe.save_pretrained(tmp_path / "model")
+        for name, named, scheduler in (
+            ("own", [], "FlowMatchEulerMaruyamaScheduler"),
+            ("other", ["--scheduler=unipc"], "UniPCMultistepScheduler"),
+        ):
+            run = [f"--model={tmp_path / 'model'}", f"--output={tmp_path / name}", "--num-images=5", *named]
+            command.main([*run, "--extractor=small"])
+            sampling = json.loads((tmp_path / name / "results.json").read_text())["sampling"]
+            assert (sampling["num_inference_steps"], sampling["scheduler"]) == (3, scheduler)
+        images = [files_of(tmp_path / name) for name in ("own", "other")]
+        assert images[0] != images[1]
 
     def test_without_an_extractor_the_images_remain(self, model, tmp_path, capsys):
         command.main(arguments(model, tmp_path / "out", tmp_path))

@@ -18,8 +18,19 @@ from training import evaluate
 from training.digits.export import main as export_digits
 from training.digits.quality import pooled_pixels
 from training.evaluation.quality import frechet_distance, frechet_error
-from training.experiments import ar_steps, digits, diversity, fewer_tokens, fusion, sequence_length, tables, variations
+from training.experiments import (
+    ar_steps,
+    common,
+    digits,
+    diversity,
+    fewer_tokens,
+    fusion,
+    sequence_length,
+    tables,
+    variations,
+)
 from training.experiments.common import picture
+from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.presets import PUBLISHED
 
 
@@ -121,7 +132,8 @@ class TestDiversity:
         """Folders of real images are paths. Emoji are another judge, and another result."""
         measured = []
         monkeypatch.setattr(diversity, "measure_model", lambda *given: measured.append(given) or {"name": "a"})
-        common = {"seed": 0, "num_images": 1, "num_inference_steps": 1, "guidance_scale": None, "extractor": "pixels"}
+        sampling = {"num_inference_steps": 1, "guidance_scale": None, "scheduler": None}
+        common = {"seed": 0, "num_images": 1, "extractor": "pixels", **sampling}
         for real in [{"digits": tmp_path}, {"digits": tmp_path}, {"emoji": tmp_path}, {}]:
             judges = {"digits": None, "emoji": None, "reference": None} | real
             options = argparse.Namespace(output=tmp_path / "out", **judges, **common)
@@ -136,6 +148,19 @@ class TestDiversity:
 
 
 class TestCommands:
+    def test_steps_and_scheduler_are_the_model_s_unless_named(self, models, tmp_path):
+        pipe = TransDiffPipeline.from_pretrained(models / "one_step")
+        pipe.register_to_config(num_inference_steps=3)
+        pipe.save_pretrained(tmp_path / "model")
+        command = ["--model", str(tmp_path / "model"), "--output", str(tmp_path)]
+        for named, expected in (
+            ([], ("FlowMatchEulerMaruyamaScheduler", 3)),
+            (["--scheduler=unipc", "--num-inference-steps=2"], ("UniPCMultistepScheduler", 2)),
+        ):
+            options = common.parser(None).parse_args([*command, *named])
+            facts = common.facts(options, common.load(options))
+            assert (facts["scheduler"], facts["num_inference_steps"]) == expected
+
     def test_ar_steps(self, run, models, tmp_path):
         result = run(ar_steps, "ar_steps", "mrar")
         assert [row["ar_steps"] for row in result["rows"]] == [1, 2, 3, 4]

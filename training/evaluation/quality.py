@@ -19,7 +19,7 @@ from scipy.spatial.distance import cdist
 from training.evaluation import metrics
 from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.files import home_path, new_file
-from transdiff_pipelines.generation import without_loading_bars
+from transdiff_pipelines.generation import SCHEDULER_CLASSES, make_scheduler, without_loading_bars
 
 
 BATCH_SIZE = 250
@@ -114,7 +114,8 @@ def add_options(parser: argparse.ArgumentParser, splits: Sequence[str], grid: st
     parser.add_argument("--split", choices=splits, default="validation", help="real images to compare with")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--guidance-scale", type=float, help="default: the checkpoint's own")
-    parser.add_argument("--num-inference-steps", type=int, help="default: the pipeline's")
+    parser.add_argument("--num-inference-steps", type=int, help="default: the checkpoint's own")
+    parser.add_argument("--scheduler", choices=SCHEDULER_CLASSES, help="default: the checkpoint's own")
     parser.add_argument("--drift-scale", type=float, help="default: the checkpoint's own")
     parser.add_argument("--diffusion-scale", type=float, help="default: the checkpoint's own")
     parser.add_argument("--output", type=home_path, help="JSON file to write")
@@ -122,12 +123,15 @@ def add_options(parser: argparse.ArgumentParser, splits: Sequence[str], grid: st
 
 
 def load_pipeline(options: argparse.Namespace) -> TransDiffPipeline:
-    """The saved pipeline, on a GPU if there is one; scales that the options name replace the scheduler's."""
+    """The saved pipeline, on a GPU if there is one, with the scheduler and the scales that the options name.
+
+    Raises:
+        ValueError: the scheduler has no such scales.
+    """
     with without_loading_bars():
         pipeline = TransDiffPipeline.from_pretrained(options.model)
-    chosen = {"drift_scale": options.drift_scale, "diffusion_scale": options.diffusion_scale}
-    scales = {name: value for name, value in chosen.items() if value is not None}
-    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **scales)
+    scales = {"drift_scale": options.drift_scale, "diffusion_scale": options.diffusion_scale}
+    pipeline.scheduler = make_scheduler(pipeline.scheduler, options.scheduler, **scales)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -160,7 +164,13 @@ def measure_seeds(
         runs.append(measure(images))
     mean, spread = summarise(runs)
     result = {
-        "settings": {"guidance_scale": pipeline.config.guidance_scale, **scales, **settings},
+        "settings": {
+            "scheduler": type(pipeline.scheduler).__name__,
+            "num_inference_steps": pipeline.recommended_num_inference_steps,
+            "guidance_scale": pipeline.config.guidance_scale,
+            **scales,
+            **settings,
+        },
         "num_images": len(labels),
         "seconds_per_image": seconds / (len(labels) * len(options.seeds)),
         "mean": mean,

@@ -23,7 +23,7 @@ from training.evaluation.quality import frechet_error
 from training.evaluation.references import load_reference
 from transdiff_pipelines import DIGITS, TransDiffPipeline
 from transdiff_pipelines.files import check_folder_writable, home_path, new_file
-from transdiff_pipelines.generation import without_loading_bars
+from transdiff_pipelines.generation import SCHEDULER_CLASSES, make_scheduler, without_loading_bars
 from transdiff_pipelines.sources import model_source
 
 
@@ -37,7 +37,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--model", default=str(DIGITS), help="folder or Hub repository; the bundled digits model")
     result.add_argument("--output", type=home_path, required=True, help="folder for the result and the picture")
     result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--num-inference-steps", type=int, default=100)
+    result.add_argument("--num-inference-steps", type=int, help="default: the checkpoint's own")
+    result.add_argument("--scheduler", choices=SCHEDULER_CLASSES, help="default: the checkpoint's own")
     result.add_argument("--guidance-scale", type=float, help="default: the checkpoint's own")
     return result
 
@@ -135,6 +136,7 @@ def load(options: argparse.Namespace) -> TransDiffPipeline:
             pipe = TransDiffPipeline.from_pretrained(model_source(options.model))
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
+    pipe.scheduler = make_scheduler(pipe.scheduler, options.scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -183,7 +185,8 @@ def facts(options: argparse.Namespace, pipe: TransDiffPipeline) -> dict[str, Any
         "model": Path(options.model).name,
         "images_in_sequence": pipe.condition_encoder.num_images,
         "seed": options.seed,
-        "num_inference_steps": options.num_inference_steps,
+        "scheduler": type(pipe.scheduler).__name__,
+        "num_inference_steps": options.num_inference_steps or pipe.recommended_num_inference_steps,
         "guidance_scale": guidance,
         **scales,
     }

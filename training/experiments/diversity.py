@@ -93,7 +93,8 @@ def measure_model(options: argparse.Namespace, name: str) -> dict[str, Any]:
 
 def measure_models(options: argparse.Namespace, models: dict[str, str]) -> list[dict[str, Any]]:
     """A row for each model, from its name and folder; one measured earlier with the same options is taken as it is."""
-    shared = ("seed", "num_images", "num_inference_steps", "guidance_scale", "digits", "reference", "extractor")
+    sampling = ("num_inference_steps", "guidance_scale", "scheduler")
+    shared = ("seed", "num_images", *sampling, "digits", "reference", "extractor")
     settings = {option: getattr(options, option) for option in shared}
     settings |= {name: str(getattr(options, name)) for name in ("digits", "emoji") if getattr(options, name)}
     rows = []
