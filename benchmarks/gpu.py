@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "parts": earlier_parts(options.earlier),
     }
     left = [part for part in parts if part.name not in result["parts"] and (part.rehearsed or not options.tiny)]
-    shared = Shared(device, options.tiny, options.reference, deadline)
+    shared = Shared(device, options.tiny, options.reference, deadline, options.output)
     ended = run(left, shared, result, options.output)
     print(markdown(result))
     statuses = [outcome["status"] for outcome in result["parts"].values()]

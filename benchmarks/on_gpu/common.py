@@ -30,12 +30,14 @@ class Shared:
         tiny: whether this is a rehearsal, with models of one block.
         reference: checkout of the released code, or None.
         deadline: the end of the whole run.
+        output: where the results go, without a suffix; folders that a part leaves begin with its name.
     """
 
     device: torch.device
     tiny: bool
     reference: Path | None
     deadline: Deadline
+    output: Path = Path("gpu")
 
     @property
     def rounds(self) -> int:
