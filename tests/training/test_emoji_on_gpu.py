@@ -13,7 +13,7 @@ from transdiff_pipelines import TransDiffPipeline
 
 
 def shared(output: Path, minutes: float) -> Shared:
-    return Shared(torch.device("cpu"), True, None, Deadline(minutes), output)
+    return Shared(torch.device("cpu"), False, None, Deadline(minutes), output)
 
 
 def test_both_stages(make_config, tmp_path, monkeypatch) -> None:
