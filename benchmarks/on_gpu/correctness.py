@@ -1,5 +1,6 @@
 """Numbers on the device beside recorded ones, and the tests that are marked for a device."""
 
+import os
 import re
 import subprocess
 import sys
@@ -52,9 +53,10 @@ def run_marked_tests(shared: Shared) -> dict[str, Any]:
     if missing:
         raise Skip(f"not installed: {', '.join(missing)}")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "device", "-p", "no:cacheprovider", "tests/test_device.py"]
+    wide = os.environ | {"COLUMNS": "300"}  # for the reasons of failures, which pytest cuts to the terminal's width
     try:
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, shared.deadline.left)
+            command, cwd=ROOT, env=wide, capture_output=True, text=True, timeout=max(1.0, shared.deadline.left)
         )
     except subprocess.TimeoutExpired as expired:
         raise Skip("the tests did not end in the time that was left") from expired
@@ -62,7 +64,8 @@ def run_marked_tests(shared: Shared) -> dict[str, Any]:
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1])}
     if not counts:
         raise RuntimeError(f"pytest ended with {done.returncode} and ran nothing: {done.stdout}{done.stderr}")
-    return {"counts": counts, "failures": [line for line in lines if line.startswith(("FAILED", "ERROR"))]}
+    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return {"counts": counts, "failures": failures, "output": done.stdout if failures else ""}
 
 
 def tests_table(result: dict[str, Any]) -> str:

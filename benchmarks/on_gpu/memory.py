@@ -147,7 +147,7 @@ def memory_table(result: dict[str, Any]) -> str:
 MEMORY = Part(
     "memory",
     "What do offloading, casting and quantisation save, and what do they cost?",
-    120,
+    60,
     measure_memory,
     memory_table,
 )

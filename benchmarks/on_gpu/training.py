@@ -176,7 +176,8 @@ def training_part(suffix: str, name: str, seconds: float, rehearsed: bool = True
     return Part(f"training_{suffix}", question, seconds, lambda shared: steps(shared, name), steps_table, rehearsed)
 
 
-MAIN = (training_part("b", "transdiff_b", 80), training_part("l", "transdiff_l", 100, rehearsed=False))
+BASE = training_part("b", "transdiff_b", 45)
+LARGE = training_part("l", "transdiff_l", 60, rehearsed=False)
 SHARDING = Part(
     "sharding", "What do FSDP2 and ZeRO-2 cost in one process, beside none?", 60, sharded_steps, engines_table
 )
