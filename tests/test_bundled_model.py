@@ -135,9 +135,12 @@ def drawn(emoji):
 class TestEmoji:
     """What can be told without the drawings that judge it: `training.emoji.quality` measures it by these."""
 
-    def test_its_classes_are_those_of_the_list(self, emoji):
-        lines = (ROOT / "training/emoji/classes_60.txt").read_text(encoding="utf-8").splitlines()
-        assert list(emoji.labels) == sorted(line for line in lines if not line.startswith("#"))
+    def test_its_classes_are_all_that_the_six_sets_share(self, emoji):
+        assert len(emoji.labels) == 1051
+        assert list(emoji.labels) == sorted(emoji.labels)
+        for count in (60, 200):
+            lines = (ROOT / f"training/emoji/classes_{count}.txt").read_text(encoding="utf-8").splitlines()
+            assert {line for line in lines if not line.startswith("#")} <= set(emoji.labels)
         assert (emoji.condition_encoder.num_images, emoji.image_side) == (4, 64)
 
     def test_its_pictures_are_on_white(self, drawn):

@@ -133,13 +133,14 @@ def test_info_without_a_model_is_that_of_the_bundled_digits() -> None:
     assert run("info").stdout == run("info", DIGITS).stdout != ""
 
 
-def test_info_lists_all_names_of_the_bundled_emoji() -> None:
+def test_info_lists_the_first_names_of_the_bundled_emoji_in_order() -> None:
     result = run("info", "emoji")
     assert "images: 64 x 64 pixels, MRAR, 4 to a sequence" in result.stdout
     names = TransDiffPipeline.load_config(EMOJI)["id2label"]
     listed = re.findall(r"^ +(\d+)  (.+)$", result.stdout, re.MULTILINE)
-    assert dict(listed) == names
-    assert [int(class_id) for class_id, _ in listed] == list(range(len(names)))
+    assert [int(class_id) for class_id, _ in listed] == list(range(60))
+    assert dict(listed).items() <= names.items()
+    assert f"{len(names) - 60} more: transdiff info emoji --search TEXT" in result.stdout
     assert run("info", "emoji", "--search", "face dog").stdout.split("  ")[-1] == "dog face\n"
 
 

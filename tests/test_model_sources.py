@@ -6,7 +6,7 @@ import pytest
 from command import assert_one_line_error, run
 from tiny import tiny_pipeline
 
-from transdiff_pipelines import DIGITS, EMOJI, generation, model_card
+from transdiff_pipelines import DIGITS, EMOJI, TransDiffPipeline, generation, model_card
 from transdiff_pipelines.attribution import ATTRIBUTION_NAME, WORKS, attribution
 from transdiff_pipelines.generation import GenerationSettings
 from transdiff_pipelines.sources import BUNDLED, model_for_labels, model_source
@@ -35,7 +35,7 @@ def test_labels_find_the_model_that_draws_them(labels: list[str], model: str | N
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        (["dog"], ["'dog'", "nearest names are 'dog face'", "transdiff info emoji", "--model"]),
+        (["clock"], ["'clock'", "nearest names are 'alarm clock'", "transdiff info emoji", "--model"]),
         (["pizza", "dog face", "lightbulb"], ["'lightbulb'", "'light bulb'"]),
         (["3", "pizzza"], ["'pizzza'", "'pizza'", "digits draws 0 to 9"]),
         (["3", "pizza"], ["both '3' and 'pizza'", "digits draws 0 to 9", "emoji knows 'pizza'", "--model"]),
@@ -72,7 +72,8 @@ def test_a_picture_keeps_its_model_whatever_the_labels() -> None:
 
 
 def test_emoji_are_too_many_to_draw_all_unasked() -> None:
-    assert_one_line_error(run("generate", "--model", "emoji"), "60 classes", "e.g. transdiff generate airplane")
+    example = "e.g. transdiff generate '1st place medal'"
+    assert_one_line_error(run("generate", "--model", "emoji"), "1051 classes", example)
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -100,6 +101,15 @@ def test_every_bundled_model_names_those_whose_works_it_learned_from(name: str) 
     assert all(work.author in text and work.licence in text for work in WORKS[name])
     card = model_card.all_cards(*BUNDLED.values())[f"{BUNDLED[name].name}.md"]
     assert text in card
+
+
+def test_the_authors_go_along_with_a_copy_and_its_card(tmp_path: Path) -> None:
+    pipe = TransDiffPipeline.from_pretrained(DIGITS)
+    pipe.save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / ATTRIBUTION_NAME).read_text(encoding="utf-8") == attribution("digits") + "\n"
+    copied = TransDiffPipeline.from_pretrained(tmp_path / "copy")
+    copied._write_card(tmp_path, "me/copy", include_code=False)
+    assert attribution("digits") in (tmp_path / model_card.CARD_NAME).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", BUNDLED)

@@ -180,14 +180,17 @@ def emoji_card(folder: Path) -> str:
     return _card(data, title, *sections, _limits(limits))
 
 
-def pipeline_card(pipeline: Any, repo_id: str, include_code: bool = False) -> str:
-    """The card of a pipeline that is uploaded to a repository without one: what its configuration tells."""
+def pipeline_card(pipeline: Any, repo_id: str, include_code: bool = False, credits: str = "") -> str:
+    """The card of a pipeline that is uploaded to a repository without one: what its configuration tells.
+
+    `credits` is the section that names the authors of what it learned from, if that is known.
+    """
     usage = _usage(f'"{repo_id}"', _example_label(pipeline), with_code=include_code)
     limits = [
         "This card was written on upload and knows only the model's configuration. What it was trained on, how well "
         "it does and what it may be used for is for its uploader to say here."
     ]
-    return _card(_metadata(), repo_id.split("/")[-1], *_facts(pipeline), usage, _limits(limits))
+    return _card(_metadata(), repo_id.split("/")[-1], *_facts(pipeline), usage, credits, _limits(limits))
 
 
 def training_card(

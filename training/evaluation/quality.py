@@ -19,7 +19,7 @@ from scipy.spatial.distance import cdist
 from training.evaluation import metrics
 from transdiff_pipelines import TransDiffPipeline
 from transdiff_pipelines.files import home_path, new_file
-from transdiff_pipelines.generation import SCHEDULER_CLASSES, make_scheduler, without_loading_bars
+from transdiff_pipelines.generation import DTYPES, SCHEDULER_CLASSES, make_scheduler, without_loading_bars
 
 
 BATCH_SIZE = 250
@@ -118,6 +118,7 @@ def add_options(parser: argparse.ArgumentParser, splits: Sequence[str], grid: st
     parser.add_argument("--scheduler", choices=SCHEDULER_CLASSES, help="default: the checkpoint's own")
     parser.add_argument("--drift-scale", type=float, help="default: the checkpoint's own")
     parser.add_argument("--diffusion-scale", type=float, help="default: the checkpoint's own")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="number format of the weights")
     parser.add_argument("--output", type=home_path, help="JSON file to write")
     parser.add_argument("--grid", type=home_path, help=f"PNG file to write: {grid}")
 
@@ -129,7 +130,7 @@ def load_pipeline(options: argparse.Namespace) -> TransDiffPipeline:
         ValueError: the scheduler has no such scales.
     """
     with without_loading_bars():
-        pipeline = TransDiffPipeline.from_pretrained(options.model)
+        pipeline = TransDiffPipeline.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     scales = {"drift_scale": options.drift_scale, "diffusion_scale": options.diffusion_scale}
     pipeline.scheduler = make_scheduler(pipeline.scheduler, options.scheduler, **scales)
     pipeline.set_progress_bar_config(disable=True)
@@ -168,6 +169,7 @@ def measure_seeds(
             "scheduler": type(pipeline.scheduler).__name__,
             "num_inference_steps": pipeline.recommended_num_inference_steps,
             "guidance_scale": pipeline.config.guidance_scale,
+            "dtype": options.dtype,
             **scales,
             **settings,
         },

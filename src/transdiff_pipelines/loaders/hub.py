@@ -12,6 +12,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, create_repo, file_exists
 
+from ..attribution import ATTRIBUTION_NAME
 from ..code_export import PACKAGE, self_contained_source
 from ..files import new_file
 from ..model_card import CARD_NAME, pipeline_card
@@ -60,7 +61,7 @@ class TransDiffHubMixin:
         """`DiffusionPipeline.save_pretrained`; with `push_to_hub` the folder is then uploaded.
 
         Of the weights the folder keeps this form alone, in shards or not, as safetensors or not; those of other
-        variants stay. A failure leaves what the folder has.
+        variants stay. A failure leaves what the folder has. The attribution of a bundled model goes along.
 
         Args:
             include_code: also write the package's code, one self-contained file for the pipeline and one for each
@@ -82,6 +83,9 @@ class TransDiffHubMixin:
             )
             if include_code:
                 write_code(type(self), scratch)
+            # CC BY asks that whoever passes a model on names those whose works it learned from.
+            if (credited := self._origin / ATTRIBUTION_NAME).is_file():
+                _write(scratch / ATTRIBUTION_NAME, credited.read_text(encoding="utf-8"))
         if push_to_hub:
             hub_options.setdefault("repo_id", Path(save_directory).name)
             self._push_folder(Path(save_directory), include_code=include_code, **hub_options)
@@ -143,12 +147,18 @@ class TransDiffHubMixin:
             ignore_patterns=[CARD_NAME] if has_card else None,
         )
 
+    @property
+    def _origin(self) -> Path:
+        """The folder that the pipeline was loaded from; of one from elsewhere a folder that is not there."""
+        return Path(self.config.get("_name_or_path") or os.devnull)  # type: ignore[attr-defined]
+
     def _write_card(self, folder: Path, repo_id: str, include_code: bool) -> None:
         """The card of the folder this pipeline came from, with the pictures it shows, or a new one."""
-        origin = self.config.get("_name_or_path")  # type: ignore[attr-defined]
-        source = Path(origin) if origin else folder
+        source = self._origin
         if not (source / CARD_NAME).is_file():
-            (folder / CARD_NAME).write_text(pipeline_card(self, repo_id, include_code), encoding="utf-8")
+            credited = source / ATTRIBUTION_NAME
+            credits = credited.read_text(encoding="utf-8").strip() if credited.is_file() else ""
+            (folder / CARD_NAME).write_text(pipeline_card(self, repo_id, include_code, credits), encoding="utf-8")
             return
         text = (source / CARD_NAME).read_text(encoding="utf-8")
         (folder / CARD_NAME).write_text(text, encoding="utf-8")
