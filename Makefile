@@ -30,14 +30,18 @@ VERSIONS_TESTS = $(shell grep -lE '^ *(from|import) ($(HUGGING_FACE))' tests/tes
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
-# A sheet of half of the emoji's classes, with the sampler for few steps.
+# Some of the emoji, with the sampler for few steps; README shows more of them than the demo draws.
 EMOJI := "dog face" "cat face" fox lion panda koala frog "pig face" octopus crab turtle penguin owl butterfly \
 	sunflower cactus mushroom strawberry pineapple watermelon "red apple" banana pizza hamburger doughnut "birthday cake" \
 	rocket airplane balloon guitar "light bulb" "red heart"
-DRAW_EMOJI = $(BIN)/transdiff generate $(EMOJI) --scheduler unipc --steps 10
+MORE_EMOJI := "smiling face with sunglasses" "money mouth face" "face blowing a kiss" "alien monster" ghost crown trophy \
+	"gem stone" ring "wrapped gift" bicycle tram house volcano rainbow "cloud with rain" snowflake star \
+	"globe showing europe africa" "musical keyboard" violin "magnifying glass tilted left" "hundred points" "no entry" \
+	"peace symbol" "four leaf clover" tulip cherries key umbrella "christmas tree" "artist palette"
+DRAW_EMOJI = $(BIN)/transdiff generate --scheduler unipc --steps 10
 
 demo: $(VENV)/.base ## draw emoji by name with the bundled model into emoji.png
-	$(DRAW_EMOJI) --output emoji.png
+	$(DRAW_EMOJI) $(EMOJI) --output emoji.png
 
 test: $(VENV)/.test ## run the tests (minutes on two cores)
 	$(PYTEST) -m "not slow and not browser"
@@ -105,7 +109,7 @@ format: $(VENV)/.dev ## mend formatting and import order
 	$(BIN)/ruff format $(CODE)
 
 pictures: $(VENV)/.browser ## draw the pictures of README, of the tour and of editing anew (needs Chromium too)
-	$(DRAW_EMOJI) --output docs/images/emoji.png
+	$(DRAW_EMOJI) $(EMOJI) $(MORE_EMOJI) --output docs/images/emoji.png
 	$(BIN)/transdiff generate --count 6 --output docs/images/digits.png
 	$(BIN)/transdiff generate --count 6 --model digits-flow-map --num-inference-steps 1 \
 		--output docs/images/digits_flow_map.png

@@ -9,6 +9,7 @@ import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
 from rounding import assert_close
 from tiny import CHANNELS, NUM_CLASSES, SIDE, seeded, tiny_encoder, tiny_pipeline, tiny_transformer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from transdiff_pipelines import FlowMatchEulerMaruyamaScheduler
 
@@ -88,6 +89,32 @@ def test_projected_condition_equals_its_tokens(fused):
     latents, tokens = torch.randn(2, CHANNELS, SIDE, SIDE), torch.randn(2, 6, 16)
     projected = transformer.project_condition(tokens)
     assert torch.equal(transformer(latents, 300.0, projected).sample, transformer(latents, 300.0, tokens).sample)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is computed, views left out: each is a kernel that a GPU's program has to launch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += not operation.is_view
+        return operation(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("fused", "launches"), [(False, 17), (True, 15)])
+def test_a_block_launches_few_operations(fused, launches):
+    """Three norms, eight or six products, two attentions, GELU, two gates, one addition; nothing for the time."""
+    counts = []
+    for num_layers in (1, 3):
+        transformer = tiny_transformer(num_layers=num_layers).eval()
+        if fused:
+            transformer.fuse_qkv_projections()
+        latents, condition = torch.randn(2, CHANNELS, SIDE, SIDE), transformer.project_condition(torch.randn(2, 6, 16))
+        with Operations() as operations:
+            transformer(latents, torch.tensor(300.0), condition)
+        counts.append(operations.count)
+    assert counts[1] - counts[0] == 2 * launches
 
 
 @pytest.mark.parametrize("patch_size", [1, 2])

@@ -37,9 +37,11 @@ class TransDiffAttnProcessor:
         query, key, value = attn.project(hidden_states, encoder_hidden_states)
         if cache is not None:
             key, value = cache.extend(key, value)
-        if len(key) != len(query):  # the batch is tiled, its keys and values were computed once
-            key, value = (states.repeat(len(query) // len(states), 1, 1) for states in (key, value))
-        query, key, value = (states.unflatten(-1, (-1, attn.head_dim)) for states in (query, key, value))
+        batch, copies = query.shape[0], query.shape[0] // key.shape[0]
+        if copies > 1:  # the batch is tiled, its keys and values were computed once
+            key, value = key.repeat(copies, 1, 1), value.repeat(copies, 1, 1)
+        # `view` and `shape` rather than `unflatten` and `len`, which take longer than the launch of a kernel.
+        query, key, value = (states.view(batch, states.shape[1], -1, attn.head_dim) for states in (query, key, value))
         hidden_states = dispatch_attention_fn(
             query,
             key,

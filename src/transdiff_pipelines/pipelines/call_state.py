@@ -30,6 +30,7 @@ class CallState:
         steps_taken: those of the images that are finished.
         images_left: images still to be made, the one being made counted.
         current_timestep, current_ar_step: where the call is; None outside its loops.
+        dtype: the transformer's, while it denoises: to look it up, diffusers walks through all of its modules.
         interrupt: whether the call shall end with what is there.
     """
 
@@ -41,6 +42,7 @@ class CallState:
     images_left: int = 1
     current_timestep: torch.Tensor | None = None
     current_ar_step: int | None = None
+    dtype: torch.dtype | None = None
     interrupt: bool = False
 
 

@@ -62,6 +62,7 @@ class DenoisingMixin(CallStateMixin):
         guided_steps = self._guided_steps(timesteps, guidance_interval)
         check_cache(self.transformer, guided_steps)
         projected = self._project_condition(condition)
+        call.dtype = self.transformer.dtype
         # A sampler of flow maps says where each of its calls goes.
         next_timesteps = getattr(self.scheduler, "next_timesteps", None)
         step_kwargs: dict[str, Any] = {}
@@ -125,7 +126,7 @@ class DenoisingMixin(CallStateMixin):
         going = {} if next_timestep is None else {"next_timestep": next_timestep}
         with self.transformer.cache_context("denoise"):
             velocity = self.transformer(
-                hidden_states=model_input.to(self.transformer.dtype),
+                hidden_states=model_input.to(self._call.dtype),
                 timestep=timestep,
                 encoder_hidden_states=condition,
                 attention_kwargs=self.attention_kwargs,
