@@ -11,7 +11,7 @@ from tiny import tiny_encoder, tiny_pipeline, tiny_transformer
 import transdiff_pipelines
 from benchmarks import model_sizes
 from docs.run_page import python_blocks, run_page
-from transdiff_pipelines import DIGITS, TransDiffPipeline
+from transdiff_pipelines import DIGITS, EMOJI, TransDiffPipeline
 from transdiff_pipelines.data import imagenet_id2label
 from transdiff_pipelines.pipelines.class_labels import ClassNames
 
@@ -26,14 +26,18 @@ def links(page):
 
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory):
-    """The bundled model with one layer of each network left, and ten steps where none are named."""
-    pipe = TransDiffPipeline.from_pretrained(DIGITS)
+    """The bundled models by name, with one layer of each network left, and ten steps where none are named."""
+    models = {"DIGITS": DIGITS, "EMOJI": EMOJI}
+    return {name: shallow_copy(model, tmp_path_factory.mktemp("shallow")) for name, model in models.items()}
+
+
+def shallow_copy(model, folder):
+    pipe = TransDiffPipeline.from_pretrained(model)
     networks = {name: getattr(pipe, name) for name in ("condition_encoder", "transformer")}
     pipe.register_modules(
         **{name: type(model).from_config(model.config, num_layers=1) for name, model in networks.items()}
     )
     pipe.register_to_config(num_inference_steps=10)
-    folder = tmp_path_factory.mktemp("shallow")
     pipe.save_pretrained(folder)
     return folder
 
@@ -42,7 +46,8 @@ def shallow(tmp_path_factory):
 def test_python_blocks_run(page, tmp_path, shallow, monkeypatch):
     is_long = page == "docs/tour.md"  # it draws hundreds of images, and nobody looks at them here
     if is_long:
-        monkeypatch.setattr(transdiff_pipelines, "DIGITS", shallow)
+        for name, folder in shallow.items():
+            monkeypatch.setattr(transdiff_pipelines, name, folder)
     if "torchao" in "".join(python_blocks(ROOT / page)) and find_spec("torchao") is None:
         pytest.skip("torchao is missing: make test-quantization")
     run_page(ROOT / page, tmp_path, num_inference_steps=4 if is_long else None)
