@@ -53,6 +53,7 @@ def run_marked_tests(shared: Shared) -> dict[str, Any]:
     if missing:
         raise Skip(f"not installed: {', '.join(missing)}")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "device", "-p", "no:cacheprovider", "tests/test_device.py"]
+    command += ["-W", "default"]  # the versions there warn of other things, as in `make test-versions`
     wide = os.environ | {"COLUMNS": "300"}  # for the reasons of failures, which pytest cuts to the terminal's width
     try:
         done = subprocess.run(
