@@ -233,16 +233,28 @@ class TestCommand:
         assert "name one with --model" in capsys.readouterr().err
         assert not (tmp_path / "r").exists()
 
-    @pytest.mark.parametrize("patch_size", [1, 2])
-    def test_a_model(self, data, trained, tmp_path, capsys, patch_size: int) -> None:
+    @pytest.mark.parametrize(("patch_size", "dtype"), [(1, "float32"), (2, "float32"), (2, "bfloat16")])
+    def test_a_model(self, data, trained, tmp_path, capsys, patch_size: int, dtype: str) -> None:
         """An untrained one, 1-step and with sequences: recognised by chance, and no copy."""
         trained.save(tmp_path / "r.safetensors")
         model = saved_pipeline(tmp_path / "model", CLASSES, patch_size)
         outputs = [f"--output={tmp_path / 'q.json'}", f"--grid={tmp_path / 'q.png'}"]
         options = [f"--data={data}", f"--recogniser={tmp_path / 'r.safetensors'}", "--split=test", f"--model={model}"]
-        quality.main([*options, *outputs, "--num-inference-steps=1", "--per-class=4", "--seeds", "3", "4", "3"])
+        quality.main(
+            [
+                *options,
+                *outputs,
+                "--num-inference-steps=1",
+                "--per-class=4",
+                f"--dtype={dtype}",
+                "--seeds",
+                "3",
+                "4",
+                "3",
+            ]
+        )
         result = json.loads((tmp_path / "q.json").read_text())
-        assert result["settings"]["num_inference_steps"] == 1
+        assert (result["settings"]["num_inference_steps"], result["settings"]["dtype"]) == (1, dtype)
         assert (result["num_images"], result["num_classes"], result["images_in_sequence"]) == (20, 5, patch_size**2)
         first, second, again = result["runs"]
         assert first == again
