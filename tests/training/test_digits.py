@@ -219,7 +219,7 @@ def test_quality_script_measures_a_saved_pipeline(digits: Path, tmp_path: Path, 
 
     result = json.loads((tmp_path / "result.json").read_text())
     settings = {"guidance_scale": 1.5, "num_inference_steps": 2, "drift_scale": 0.9, "diffusion_scale": 0.5}
-    settings["scheduler"] = "FlowMatchEulerMaruyamaScheduler"
+    settings |= {"scheduler": "FlowMatchEulerMaruyamaScheduler", "dtype": "float32"}
     assert result["settings"] == settings  # the checkpoint's own where nothing is said
     assert [run["seed"] for run in result["runs"]] == [3, 4, 3]
     first, second, again = (run["frechet"] for run in result["runs"])

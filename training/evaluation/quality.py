@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy.spatial.distance import cdist
+from tqdm import tqdm
 
 from training.evaluation import metrics
 from transdiff_pipelines import TransDiffPipeline
@@ -77,10 +78,12 @@ def generate_sequences(pipeline: TransDiffPipeline, labels: np.ndarray, seed: in
 
 def _outputs(pipeline: TransDiffPipeline, labels: np.ndarray, seed: int, settings: dict[str, Any]) -> list[Any]:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        pipeline(class_labels=batch.tolist(), generator=generator, output_type="np", **settings)
-        for batch in np.array_split(labels, range(BATCH_SIZE, len(labels), BATCH_SIZE))
-    ]
+    outputs = []
+    with tqdm(total=len(labels), desc=f"seed {seed}", unit="image") as progress:
+        for batch in np.array_split(labels, range(BATCH_SIZE, len(labels), BATCH_SIZE)):
+            outputs.append(pipeline(class_labels=batch.tolist(), generator=generator, output_type="np", **settings))
+            progress.update(len(batch))
+    return outputs
 
 
 def summarise(runs: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
