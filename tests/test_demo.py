@@ -98,6 +98,7 @@ def test_results_are_those_of_the_command_line(pipe):
         "transdiff generate 3 7 --count 2 --seed 5 --guidance-scale 1.0 --num-inference-steps 3 "
         "--scheduler euler-maruyama --drift-scale 1.0 --diffusion-scale 1.1 --dtype float32 --batch-size 32"
     )
+    assert asked.recipe({3: "dog face"}).startswith("transdiff generate 'dog face' 7 --count 2 ")
 
 
 @pytest.mark.parametrize("mode", [BLEND, PICTURE])

@@ -64,6 +64,7 @@ def build(pipe: TransDiffPipeline, model: str | None = None) -> gr.Blocks:
     num_images = pipe.condition_encoder.num_images
     names = {label: _name(pipe, label) for label in range(pipe.condition_encoder.config.num_classes)}
     shared = {name for name, count in Counter(names.values()).items() if count > 1}
+    spoken = {label: name for label, name in names.items() if name not in shared and not name.isdecimal()}
     choices = [(f"{name} ({label})" if name in shared else name, label) for label, name in names.items()]
     examples = _classes(pipe, EXAMPLES, [3, 7])
     blended = (examples[0], _classes(pipe, PARTNERS, [len(names) - 2])[0])
@@ -77,7 +78,7 @@ def build(pipe: TransDiffPipeline, model: str | None = None) -> gr.Blocks:
         captions = [asked.caption(number, names) for number in range(asked.num_images)]
         frames = draw_frames(pipe, asked)
         try:
-            yield sequence_html(captions, num_images), asked.recipe()
+            yield sequence_html(captions, num_images), asked.recipe(spoken)
             while (frame := _for_visitors(lambda: next(frames))).results is None:
                 yield sequence_html(captions, num_images, frame), gr.skip()
             yield sequence_html(captions, num_images, frame, asked), gr.skip()
@@ -86,7 +87,7 @@ def build(pipe: TransDiffPipeline, model: str | None = None) -> gr.Blocks:
 
     def recipe(*values: Any) -> str:
         try:
-            return request(*values).recipe()
+            return request(*values).recipe(spoken)
         except (ValueError, TypeError) as error:
             return f"# {_message(error)}"
 

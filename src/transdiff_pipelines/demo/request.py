@@ -1,6 +1,7 @@
 """What a visitor asks for, checked and bounded: nothing that a browser sends is taken for granted."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,14 @@ class DemoRequest:
             return f"{1 - self.blend:.0%} {first} + {self.blend:.0%} {second}, {seed}"
         return f"{names[self.settings.label_of_each[number]]}, {seed}"
 
-    def recipe(self) -> str:
-        """The command that draws the same; for what the command line does not have, the Python that does."""
+    def recipe(self, names: Mapping[int, str] | None = None) -> str:
+        """The command that draws the same, with these names of classes; for what the command line does not have, the
+        Python that does.
+        """
         settings = self.settings
         if self.blend is None and self.reference is None:
-            return settings.command_line()
+            known = names or {}
+            return settings.command_line([known.get(label, str(label)) for label in settings.labels])
         numbers = range(settings.seed, settings.seed + self.num_images)
         scales = {
             name: value
