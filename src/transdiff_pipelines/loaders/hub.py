@@ -84,7 +84,7 @@ class TransDiffHubMixin:
             if include_code:
                 write_code(type(self), scratch)
             # CC BY asks that whoever passes a model on names those whose works it learned from.
-            if (credited := self._origin / ATTRIBUTION_NAME).is_file():
+            if credited := self._of_origin(ATTRIBUTION_NAME):
                 _write(scratch / ATTRIBUTION_NAME, credited.read_text(encoding="utf-8"))
         if push_to_hub:
             hub_options.setdefault("repo_id", Path(save_directory).name)
@@ -147,24 +147,24 @@ class TransDiffHubMixin:
             ignore_patterns=[CARD_NAME] if has_card else None,
         )
 
-    @property
-    def _origin(self) -> Path:
-        """The folder that the pipeline was loaded from; of one from elsewhere a folder that is not there."""
-        return Path(self.config.get("_name_or_path") or os.devnull)  # type: ignore[attr-defined]
+    def _of_origin(self, name: str) -> Path | None:
+        """A file of the folder that the pipeline was loaded from, if there are both."""
+        origin = self.config.get("_name_or_path")  # type: ignore[attr-defined]
+        return Path(origin, name) if origin and Path(origin, name).is_file() else None
 
     def _write_card(self, folder: Path, repo_id: str, include_code: bool) -> None:
         """The card of the folder this pipeline came from, with the pictures it shows, or a new one."""
-        source = self._origin
-        if not (source / CARD_NAME).is_file():
-            credited = source / ATTRIBUTION_NAME
-            credits = credited.read_text(encoding="utf-8").strip() if credited.is_file() else ""
+        card = self._of_origin(CARD_NAME)
+        if card is None:
+            credited = self._of_origin(ATTRIBUTION_NAME)
+            credits = credited.read_text(encoding="utf-8").strip() if credited else ""
             (folder / CARD_NAME).write_text(pipeline_card(self, repo_id, include_code, credits), encoding="utf-8")
             return
-        text = (source / CARD_NAME).read_text(encoding="utf-8")
+        text = card.read_text(encoding="utf-8")
         (folder / CARD_NAME).write_text(text, encoding="utf-8")
         for picture in re.findall(r"!\[[^]]*\]\(([\w.-]+)\)", text):
-            if (source / picture).is_file():
-                shutil.copyfile(source / picture, folder / picture)
+            if shown := self._of_origin(picture):
+                shutil.copyfile(shown, folder / picture)
 
 
 def write_code(pipeline_class: type, folder: Path) -> None:
