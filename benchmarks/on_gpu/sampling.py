@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..common.machine import CallClock
-from ..common.parts import Part, attempt, in_short
+from ..common.parts import Part, attempt
 from ..common.peers import (
     DIT_STEPS,
     STUDENT_CALLS,
@@ -60,17 +60,9 @@ def side_by_side(shared: Shared, name: str, batch_sizes: Sequence[int], modes: S
 
 def measured(shared: Shared, peers: Sequence[Peer], setting: Setting, dit_steps: int = DIT_STEPS) -> dict[str, Any]:
     """Rows of all peers at a setting, and each of ours compared with each of the others."""
-    failure = None
     for peer in peers:
         peer.setting = replace(peer.setting, batch_size=setting.batch_size, steps=setting.steps)
-    try:
-        rows = measure(peers, setting, shared.rounds, dit_steps)
-    except Exception as error:
-        # A compiler that fails here shall not take the rest along.
-        peers, all_peers = [peer for peer in peers if peer.compiled == "off"], peers
-        if len(peers) in (0, len(all_peers)):
-            raise
-        rows, failure = measure(peers, setting, shared.rounds, dit_steps), in_short(error)
+    rows = measure(peers, setting, shared.rounds, dit_steps)
     mine = [row for peer, row in zip(peers, rows, strict=True) if isinstance(peer, OurPipeline)]
     others = [row for peer, row in zip(peers, rows, strict=True) if not isinstance(peer, OurPipeline)]
     return {
@@ -79,7 +71,6 @@ def measured(shared: Shared, peers: Sequence[Peer], setting: Setting, dit_steps:
         "relative_error_to_released": relative_error(peers, ReleasedCode, setting, CHECKED_STEPS),
         "decode_seconds": decode_seconds(peers, setting),
         "matrix_product_rate": shared.rate,
-        "failure": failure,
     }
 
 
@@ -172,8 +163,6 @@ def over(comparison: dict[str, Any], name: str) -> str:
 def remarks(setting: dict[str, Any]) -> list[str]:
     """The target, DiT, decoding and the error, where they were measured."""
     lines, batch = [], setting["rows"][0]["batch_size"]
-    if setting.get("failure") is not None:
-        lines.append(f"batch {batch}: what is compiled failed: {setting['failure']}")
     best: dict[str, tuple[float, str]] = {}
     for entry in setting["comparisons"]:
         found = (entry["full_seconds"]["median"], entry["over"])
