@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from matplotlib.ticker import LogLocator, NullLocator
 
+from transdiff_pipelines.devices import best_device
 from transdiff_pipelines.files import home_path
 from transdiff_pipelines.presets import published_model
 
@@ -148,7 +149,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--decoder-layers", type=int, help="fewer blocks than it has; the encoder has twice as many")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=str(best_device()))
     parser.add_argument(
         "--time", choices=["seconds", "cpu_seconds"], default="seconds", help="what slopes are fitted to"
     )

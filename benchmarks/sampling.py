@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from matplotlib.ticker import LogLocator, NullLocator
 
+from transdiff_pipelines.devices import best_device
 from transdiff_pipelines.files import home_path
 from transdiff_pipelines.presets import PUBLISHED, published_model
 
@@ -442,7 +443,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--earlier", type=home_path, nargs="*", default=[], help="JSON files of earlier runs, shown in the same tables"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=str(best_device()))
     parser.add_argument("--threads", type=int, help="processor threads; all by default")
     parser.add_argument("--output", type=home_path, required=True, help="results go to OUTPUT.json, .md and .png")
     return parser.parse_args(arguments)

@@ -33,6 +33,7 @@ from training.model.optimizer import build_optimizer
 from training.outputs.metrics import Stopwatch
 from training.settings.config import OptimizerConfig
 from transdiff_pipelines import ARConditionEncoder, TransDiffTransformer2DModel
+from transdiff_pipelines.devices import best_device
 from transdiff_pipelines.files import home_path
 from transdiff_pipelines.latents import NUM_TRAIN_TIMESTEPS, noise_latents
 from transdiff_pipelines.loaders.original_checkpoint import load_original_components
@@ -403,7 +404,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--optimizer", choices=["fused", "adamw"], default="fused", help="kind of AdamW, ours")
     parser.add_argument("--compile", nargs="+", choices=["off", "on"], default=["off"], help="our blocks")
     parser.add_argument("--metrics", type=home_path, help="metrics.jsonl of a run, whose speed is reported too")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=str(best_device()))
     parser.add_argument("--threads", type=int, help="processor threads; all by default")
     parser.add_argument("--output", type=home_path, required=True, help="results go to OUTPUT.json and .md")
     return parser.parse_args(arguments)

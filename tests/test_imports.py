@@ -31,6 +31,7 @@ transdiff_pipelines.code_export | transdiff_pipelines.model_card
 transdiff_pipelines.schedulers | transdiff_pipelines.models
 transdiff_pipelines.latents | transdiff_pipelines.files | transdiff_pipelines.hub_access | transdiff_pipelines.data
 transdiff_pipelines.presets transdiff_pipelines.diffusers_internals transdiff_pipelines.attribution
+transdiff_pipelines.devices
 """
 
 # Imports that close a circle and wait for whoever works on these modules. The list shrinks, and never grows.

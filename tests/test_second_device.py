@@ -1,5 +1,6 @@
 """Pipelines on a device that is not the CPU: nothing is left behind on the CPU, and no step waits for the device."""
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 pytest.importorskip("second_device", exc_type=ImportError, reason="this torch cannot be given a device from Python")
 
+from command import run
 from rounding import assert_close
 from second_device import DEVICE, SecondGenerator, second_device, waits_counted
 from test_caches import CACHES
@@ -19,6 +21,8 @@ from test_flow_map import flow_map
 from test_lora import lora_config
 from tiny import CHANNELS, SIDE, seeded, tiny_pipeline
 
+from training.evaluation import quality
+from training.experiments import common
 from transdiff_pipelines import (
     FlowMapScheduler,
     FlowMatchEulerMaruyamaScheduler,
@@ -28,6 +32,7 @@ from transdiff_pipelines import (
     TransDiffPipeline,
     blend_conditions,
 )
+from transdiff_pipelines.devices import best_device
 from transdiff_pipelines.pipelines.checks import FLOW_SCHEDULERS
 
 
@@ -225,6 +230,34 @@ def test_weights_that_are_loaded_onto_the_device(tmp_path) -> None:
     loaded.save_pretrained(tmp_path / "again")
     again = TransDiffPipeline.from_pretrained(tmp_path / "again")
     assert torch.equal(again.transformer.proj_out.weight, pipe.transformer.proj_out.weight)
+
+
+def test_offloading_brings_each_network_there_and_back() -> None:
+    pipe = pipeline(2)
+    expected = call(pipe)
+    pipe.enable_model_cpu_offload(device=DEVICE)
+    assert_close(call(pipe).cpu(), expected)
+    for name, network in pipe.components.items():
+        if isinstance(network, torch.nn.Module):
+            assert network.device.type == "cpu", name
+
+
+def test_commands_draw_there_unless_told_otherwise(tmp_path) -> None:
+    pipeline(1).save_pretrained(tmp_path / "model")
+    pixels = {}
+    for device, option in (("accelerator", []), ("cpu", ["--device", "cpu"])):
+        output = tmp_path / f"{device}.png"
+        result = run("generate", 0, "--model", tmp_path / "model", "--steps", 2, "--output", output, *option)
+        assert result.exit_code == 0, result.output
+        pixels[device] = np.asarray(Image.open(output), dtype=float)
+    assert np.abs(pixels["accelerator"] - pixels["cpu"]).max() <= 1
+    assert best_device().type == DEVICE.type
+    options = argparse.Namespace(
+        model=str(tmp_path / "model"), dtype="float32", scheduler=None, output=tmp_path / "out"
+    )
+    options.drift_scale = options.diffusion_scale = None
+    assert quality.load_pipeline(options).device.type == DEVICE.type
+    assert common.load(options).device.type == DEVICE.type
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -140,7 +140,11 @@ def plan(config: TrainConfig, batch_sizes: Sequence[int], processes: Sequence[in
         lines.append(known.row(measured, 1, "no"))
         lines += [known.row(measured, count, kind) for count in processes for kind in KINDS if count > 1]
     device = trainer.accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    name = str(device)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        name = f"CPU, {torch.get_num_threads()} thread(s)"
     return "\n".join([
         *lines,
         "",

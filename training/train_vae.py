@@ -52,6 +52,7 @@ from training.model.autoencoder import (
     to_tensor,
 )
 from training.settings.config import ConfigError
+from transdiff_pipelines.devices import best_device
 from transdiff_pipelines.files import home_path, new_folder, refuse_existing
 
 
@@ -175,7 +176,7 @@ def train_and_report(options: argparse.Namespace, judge: Judge | None = None) ->
     named = {field.name: getattr(options, field.name) for field in fields(VAESettings) if hasattr(options, field.name)}
     named["decoder_only"] = options.decoder_of is not None
     started = time.perf_counter()
-    trainer = VAETrainer(vae.to(device()), to_tensor(images), VAESettings(**named), options.seed)
+    trainer = VAETrainer(vae.to(best_device()), to_tensor(images), VAESettings(**named), options.seed)
     trainer.run(unfinished(options.output), options.checkpoint_every)
     seconds = time.perf_counter() - started
     latents = latent_statistics(vae, trainer.images)
@@ -196,11 +197,6 @@ def train_and_report(options: argparse.Namespace, judge: Judge | None = None) ->
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     unfinished(options.output).unlink(missing_ok=True)
     return report
-
-
-def device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main(

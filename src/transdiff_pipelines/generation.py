@@ -25,6 +25,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image, PngImagePlugin
 
 from . import __version__
+from .devices import best_device
 from .hub_access import check_hub_has
 from .models.lora_file import LoraFileError, digest_of
 from .pipelines import TransDiffPipeline
@@ -419,7 +420,7 @@ def lora_source(lora: str) -> str:
 
 
 def _device(name: str | None) -> torch.device:
-    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    best = best_device()
     if name is None:
         return best
     try:

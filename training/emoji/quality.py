@@ -38,6 +38,7 @@ from training.evaluation.quality import (
 )
 from training.experiments.common import picture
 from transdiff_pipelines import TransDiffPipeline
+from transdiff_pipelines.devices import best_device
 from transdiff_pipelines.files import check_writable, home_path, new_file
 
 from .judge import MEASURES, Drawings, Judge, pixels, reconstructed_rows
@@ -55,7 +56,7 @@ def recogniser_for(options: argparse.Namespace) -> Judge:
     else:
         check_writable(options.recogniser)
         train = Drawings(options.data, "train")
-        recogniser = new_recogniser(train.classes).to("cuda" if torch.cuda.is_available() else "cpu")
+        recogniser = new_recogniser(train.classes).to(best_device())
         recogniser.fit(train.images, train.labels, options.epochs)
         recogniser.trained_on = train.digest
         recogniser.save(options.recogniser)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from training.evaluation import metrics
 from transdiff_pipelines import TransDiffPipeline
+from transdiff_pipelines.devices import best_device
 from transdiff_pipelines.files import home_path, new_file
 from transdiff_pipelines.generation import DTYPES, SCHEDULER_CLASSES, make_scheduler, without_loading_bars
 
@@ -127,7 +128,7 @@ def add_options(parser: argparse.ArgumentParser, splits: Sequence[str], grid: st
 
 
 def load_pipeline(options: argparse.Namespace) -> TransDiffPipeline:
-    """The saved pipeline, on a GPU if there is one, with the scheduler and the scales that the options name.
+    """The saved pipeline, on the accelerator if there is one, with the scheduler and the scales that the options name.
 
     Raises:
         ValueError: the scheduler has no such scales.
@@ -137,7 +138,7 @@ def load_pipeline(options: argparse.Namespace) -> TransDiffPipeline:
     scales = {"drift_scale": options.drift_scale, "diffusion_scale": options.diffusion_scale}
     pipeline.scheduler = make_scheduler(pipeline.scheduler, options.scheduler, **scales)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline.to(best_device())
 
 
 def measure_seeds(

@@ -22,6 +22,7 @@ from training.evaluation.measure import measure_batches
 from training.evaluation.quality import frechet_error
 from training.evaluation.references import load_reference
 from transdiff_pipelines import DIGITS, TransDiffPipeline
+from transdiff_pipelines.devices import best_device
 from transdiff_pipelines.files import check_folder_writable, home_path, new_file
 from transdiff_pipelines.generation import SCHEDULER_CLASSES, make_scheduler, without_loading_bars
 from transdiff_pipelines.sources import model_source
@@ -125,7 +126,7 @@ def named_models(entries: Sequence[str]) -> dict[str, str]:
 
 
 def load(options: argparse.Namespace) -> TransDiffPipeline:
-    """The model, on a GPU if there is one; before it is loaded, the output folder is tried.
+    """The model, on the accelerator if there is one; before it is loaded, the output folder is tried.
 
     Raises:
         SystemExit: there is no such model, or the output cannot be written.
@@ -138,7 +139,7 @@ def load(options: argparse.Namespace) -> TransDiffPipeline:
         raise SystemExit(f"error: {error}") from error
     pipe.scheduler = make_scheduler(pipe.scheduler, options.scheduler)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipe.to(best_device())
 
 
 def call_settings(options: argparse.Namespace) -> dict[str, Any]:
