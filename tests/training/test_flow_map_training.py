@@ -1,5 +1,6 @@
 """Training flow maps: where they begin and end, what the teacher says they are, and whole runs on tiny models."""
 
+import math
 import shutil
 from pathlib import Path
 from statistics import median
@@ -14,7 +15,7 @@ from tests.tiny import tiny_encoder, tiny_transformer
 from training.data.batches import flow_map_grid, flow_map_intervals
 from training.model.build import TrainingModel
 from training.model.flow_map import FlowMapTeacher
-from training.model.loss import flow_map_losses
+from training.model.loss import flow_map_losses, weighted_mean
 from training.outputs.checkpoints import CheckpointError, checkpoint_folders
 from training.settings.config import ConfigError
 from training.trainer import Trainer
@@ -189,6 +190,26 @@ class TestTeacher:
         assert not any(parameter.requires_grad for parameter in teacher.pipe.transformer.parameters())
 
 
+class TestWeightedMean:
+    def test_the_mean_with_a_weighted_gradient(self):
+        errors = torch.tensor([0.0, 0.01, 0.02, 5.0], dtype=torch.float64, requires_grad=True)
+        found = weighted_mean(errors, 0.01)
+        assert found.item() == pytest.approx(errors.mean().item())
+        found.backward()
+        # c / (e + c) over the number of errors: half the weight where an error is as large as the scale
+        assert errors.grad.tolist() == pytest.approx([1 / 4, 1 / 8, 1 / 12, 0.01 / 5.01 / 4])
+
+    def test_of_a_training_step(self, flow_map_config):
+        """Logged errors are mean squares either way; what is learned differs from the second step on."""
+        options = {"schedule.steps": 2, "checkpoints.every": 100, "model.dropout": 0.0}
+        runs = {c: flow_map_config(str(c), **options, **{"loss.error_scale": c}) for c in (None, 0.003)}
+        for config in runs.values():
+            train(config)
+        plain, weighted = (losses(config.output) for config in runs.values())
+        assert plain[0] == pytest.approx(weighted[0], rel=CURVE)
+        assert plain[1] != weighted[1]
+
+
 class TestRuns:
     def test_the_finished_pipeline_is_a_flow_map(self, flow_map_config):
         config = flow_map_config(**{"schedule.steps": 2, "preview.every": 2, "preview.num_inference_steps": 2})
@@ -277,6 +298,10 @@ class TestRuns:
             ({"loss.label_dropout": 0.1}, "set it to 0"),
             ({"loss.diffusion_batch_mul": 1}, "needs 2 or more"),
             ({"loss.teacher_steps": 1}, r"must be in 2\.\.100"),
+            ({"loss.error_scale": 0.0}, "loss.error_scale is 0.0; it must be above 0, or null"),
+            ({"loss.error_scale": -1.0}, "must be above 0"),
+            ({"loss.error_scale": math.nan}, "loss.error_scale"),
+            ({"loss.error_scale": math.inf}, "loss.error_scale"),
             ({"loss.guidance_scale": [1.0, 2.0]}, "loss.guidance_scale.*2 values"),
             ({"lora.rank": 2}, "unset lora.rank"),
             ({"model.patch_size": 1}, "makes the sequences of its teacher"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,12 @@ class TrainingModel(nn.Module):
         class_ids: `(data classes + 1,)` the encoder's class of each class of the data, the null class last; None
             where they are the same.
         origin: digest of the weights of the pipeline that it started from; None if there is none.
+        error_scale: that of `loss.flow_map_losses`.
     """
 
     class_ids: Tensor | None
     origin: str | None = None
+    error_scale: float | None = None
 
     def __init__(
         self, condition_encoder: ARConditionEncoder, transformer: TransDiffTransformer2DModel, classes: list[str]
@@ -63,7 +66,9 @@ class TrainingModel(nn.Module):
         """The losses `(N,)` of a batch: `loss.prefix_losses`, or `loss.flow_map_losses` where it has targets."""
         if self.class_ids is not None:
             labels = self.class_ids[labels]
-        losses = flow_map_losses if "targets" in batch else prefix_losses
+        losses: Callable[..., Tensor] = prefix_losses
+        if "targets" in batch:
+            losses = partial(flow_map_losses, error_scale=self.error_scale)
         return losses(self.condition_encoder, self.transformer, latents, labels, **batch)
 
 
@@ -162,6 +167,7 @@ def build_model(config: TrainConfig, data: TrainingData) -> tuple[TrainingModel,
     else:
         built, notes = inherit_model(model, lora, data)
     notes += freeze(built, model) if lora.rank is None else add_adapters(built, lora, model.frozen)
+    built.error_scale = config.loss.error_scale
     if config.gradient_checkpointing:
         built.condition_encoder.enable_gradient_checkpointing()
         built.transformer.enable_gradient_checkpointing()

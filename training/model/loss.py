@@ -102,8 +102,12 @@ def flow_map_losses(
     timesteps: Tensor,
     next_timesteps: Tensor,
     targets: Tensor,
+    error_scale: float | None = None,
 ) -> Tensor:
     """Mean squared error of the average velocity of each image given the images before it.
+
+    With an `error_scale` c the gradient of a pair with the mean squared error e is multiplied by c / (e + c): pairs
+    that are far off, where paths divide, then do not outweigh all others. The losses themselves stay mean squares.
 
     Args:
         encoder, transformer: as in `prefix_losses`.
@@ -112,6 +116,7 @@ def flow_map_losses(
         states: `(N, B * m, C, s, s)` points of paths, ordered as the batch tiled m times.
         timesteps, next_timesteps: `(N, B * m)` numbers in [0, 1000], where the points are and where they go.
         targets: average velocities, in the shape of `states`.
+        error_scale: c, a squared velocity; None: all pairs weigh the same.
 
     Returns:
         `(N,)` losses, float32.
@@ -119,5 +124,13 @@ def flow_map_losses(
     losses = []
     for image, prefix in enumerate(condition_prefixes(encoder, transformer, latents, labels)):
         velocity = transformer(states[image], timesteps[image], prefix, next_timestep=next_timesteps[image]).sample
-        losses.append(F.mse_loss(velocity.float(), targets[image]))
+        errors = (velocity.float() - targets[image]).square().flatten(1).mean(1)
+        losses.append(errors.mean() if error_scale is None else weighted_mean(errors, error_scale))
     return torch.stack(losses)
+
+
+def weighted_mean(errors: Tensor, scale: float) -> Tensor:
+    """The mean of `errors`, with the gradient of their mean weighted by `scale / (errors + scale)`."""
+    weights = scale / (errors.detach() + scale)
+    weighted = (weights * errors).mean()
+    return weighted + (errors.mean() - weighted).detach()

@@ -198,6 +198,11 @@ class LossConfig:
         "flow_map: the guidance that is built in, for each image of the sequence; null: what the teacher recommends",
     )
     teacher_steps: int = option(12, "flow_map: steps of a path; where it is learned is on their grid, moved at random")
+    error_scale: float | None = option(
+        0.003,
+        "flow_map: a pair with the squared error e weighs c / (e + c), with this as c, so that a few that are far off "
+        "do not outweigh the others; null: all weigh the same",
+    )
     diffusion_batch_mul: int = option(4, "timesteps and noises per latent and encoder pass (paper: 4, MRAR 2)")
     label_dropout: float = option(0.1, "probability that a group's label becomes the null class (for guidance)")
 
@@ -207,6 +212,8 @@ class LossConfig:
         require(0 <= self.label_dropout < 1, f"loss.label_dropout is {self.label_dropout}; it must be in [0, 1)")
         steps = self.teacher_steps
         require(2 <= steps <= 100, f"loss.teacher_steps is {steps}; it must be in 2..100")
+        scale = self.error_scale
+        require(scale is None or scale > 0, f"loss.error_scale is {scale}; it must be above 0, or null")
         if self.kind == "flow_map":
             require(mul >= 2, f"loss.diffusion_batch_mul is {mul}; a flow map needs 2 or more: one is the velocity")
             require(
