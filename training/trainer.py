@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from training.data.batches import GroupBatches, batch_loader, keyed_generator
+from training.data.batches import GroupBatches, batch_loader, keyed_generator, more_workers_than_cores
 from training.data.folders import check_outside
 from training.data.held_out import held_out_images
 from training.data.image_dataset import ImageData, Unreadable, changed_files, open_data
@@ -180,6 +180,8 @@ class Trainer:
                     f"warning: data.vae {self.config.data.vae} is not the VAE of {start}, whose weights know the "
                     "latents of that one. Unset data.vae to take it, and make the cache anew"
                 )
+        if note := more_workers_than_cores(self.config.data.workers):
+            yield f"warning: {note}"
         if self.config.mixed_precision != "no":
             dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.config.mixed_precision]
             if note := half_precision_note(dtype, self.accelerator.device):

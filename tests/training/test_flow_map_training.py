@@ -261,7 +261,7 @@ class TestRuns:
         assert losses(two.output) == pytest.approx(losses(one.output), rel=CURVE)
 
     def test_compiled_blocks_leave_the_curve_alone(self, flow_map_config):
-        options = {"schedule.steps": 2, "checkpoints.every": 100}
+        options = {"patch_size": 1, "schedule.steps": 2, "checkpoints.every": 100}
         plain, compiled = flow_map_config("plain", **options), flow_map_config("other", **options, compile="aot_eager")
         train(plain)
         trainer = train(compiled)

@@ -18,6 +18,7 @@ from launching import launch
 from rounding import CURVE
 from safetensors.torch import load_file
 
+from training.data.batches import more_workers_than_cores
 from training.distributed.interruption import TrainingStopped
 from training.distributed.processes import check_distribution
 from training.model.ema import WeightAverage
@@ -179,6 +180,35 @@ def test_bf16_keeps_weights_in_float32_and_stays_near_float32(make_config, monke
     assert {value.dtype for value in trainer.module.parameters()} == {torch.float32}
     assert losses(half.output) == pytest.approx(losses(make_config("full").output), rel=0.05)
     assert losses(half.output) != losses(make_config("full").output)
+
+
+def test_more_workers_than_cores_are_told_of_in_one_line(make_config, monkeypatch, capsys, recwarn) -> None:
+    """In this package's words alone, though torch notices it too; and the losses are the same."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    options = {"schedule.steps": 2, "checkpoints.every": 100}
+    train(make_config("none", **options, **{"data.workers": 0}))
+    assert "data.workers" not in capsys.readouterr().out
+    train(make_config("three", **options, **{"data.workers": 3}))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "workers is" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: data.workers is 3, and this machine has 2 processor core(s)")
+    assert lines[0].endswith("--data.workers=2")
+    assert not [warning for warning in recwarn if "worker" in str(warning.message)]
+    assert losses(make_config("three").output) == losses(make_config("none").output)
+
+
+@pytest.mark.parametrize(
+    ("workers", "processes", "expected"), [(2, 1, None), (1, 2, None), (2, 2, "=1"), (1, 3, "=0")]
+)
+def test_workers_of_several_processes_share_the_cores(monkeypatch, workers, processes, expected) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    found = more_workers_than_cores(workers)
+    if expected is None:
+        assert found is None
+    else:
+        assert f"for each of {processes} processes" in found
+        assert found.endswith(f"--data.workers{expected}")
 
 
 # --- memory and speed ---

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -279,13 +280,28 @@ class GroupBatches(Dataset[Batch]):
 
 def batch_loader(batches: GroupBatches, first: int, last: int, workers: int = 0) -> DataLoader[Batch]:
     """Batches `first .. last - 1` in order, prepared ahead by `workers` processes; their number changes no value."""
-    return DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(first, last),
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),  # so that copies to the device do not wait
-        worker_init_fn=follow_the_run,
+    with warnings.catch_warnings():  # `more_workers_than_cores` says it, with what to do
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        return DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(first, last),
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),  # so that copies to the device do not wait
+            worker_init_fn=follow_the_run,
+        )
+
+
+def more_workers_than_cores(workers: int) -> str | None:
+    """A sentence about `data.workers` without its full stop, if there are more of them than cores to run them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this run, on this machine
+    if workers * processes <= cores:
+        return None
+    each = f" for each of {processes} processes" if processes > 1 else ""
+    return (
+        f"data.workers is {workers}{each}, and this machine has {cores} processor core(s), which more workers than "
+        f"that only slow down: --data.workers={cores // processes}"
     )
 
 
