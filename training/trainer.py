@@ -218,7 +218,7 @@ class Trainer:
         self.reports.begin(self.step, validates=self.validation is not None)
         self.engine.model.train()
         first, last = self.step * self.accumulation, self.rate.total_steps * self.accumulation
-        loader = iter(batch_loader(self.batches, first, last, self.config.data.workers))
+        loader = batch_loader(self.batches, first, last, self.config.data.workers)
         window = Window(self.groups_per_step * self.batches.group_size, self.watch)
         bar = tqdm(
             total=self.rate.total_steps,

@@ -193,7 +193,7 @@ def test_more_workers_than_cores_are_told_of_in_one_line(make_config, monkeypatc
     assert len(lines) == 1
     assert lines[0].startswith("warning: data.workers is 3, and this machine has 2 processor core(s)")
     assert lines[0].endswith("--data.workers=2")
-    assert not [warning for warning in recwarn if "worker" in str(warning.message)]
+    assert [str(warning.message) for warning in recwarn if "worker" in str(warning.message)] == []
     assert losses(make_config("three").output) == losses(make_config("none").output)
 
 

@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -278,11 +278,11 @@ class GroupBatches(Dataset[Batch]):
         } | {name: torch.stack([image[name] for image in drawn]) for name in drawn[0]}
 
 
-def batch_loader(batches: GroupBatches, first: int, last: int, workers: int = 0) -> DataLoader[Batch]:
+def batch_loader(batches: GroupBatches, first: int, last: int, workers: int = 0) -> Iterator[Batch]:
     """Batches `first .. last - 1` in order, prepared ahead by `workers` processes; their number changes no value."""
     with warnings.catch_warnings():  # `more_workers_than_cores` says it, with what to do
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-        return DataLoader(
+        loader = DataLoader(
             batches,
             batch_size=None,
             sampler=range(first, last),
@@ -290,6 +290,7 @@ def batch_loader(batches: GroupBatches, first: int, last: int, workers: int = 0)
             pin_memory=torch.cuda.is_available(),  # so that copies to the device do not wait
             worker_init_fn=follow_the_run,
         )
+        return iter(loader)
 
 
 def more_workers_than_cores(workers: int) -> str | None:
