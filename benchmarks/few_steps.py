@@ -11,18 +11,20 @@ measured beside it.
 """
 
 import argparse
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.ticker import MaxNLocator
 
+from training.data.vae import tensors_digest
 from training.digits.quality import balanced_labels, fit_recogniser, load_pixels, pooled_pixels, recognition
 from training.evaluation.quality import BATCH_SIZE, frechet_distance, generate, within_class_variance
 from transdiff_pipelines import DIGITS, FlowMatchEulerMaruyamaScheduler, TransDiffPipeline
+from transdiff_pipelines.devices import best_device
 from transdiff_pipelines.files import home_path, new_file
 from transdiff_pipelines.generation import without_loading_bars
 
@@ -109,14 +111,15 @@ def flows_figure(result: dict[str, Any]) -> Any:
 def pixels_of(
     pipeline: TransDiffPipeline, config: dict, sampler: Sampler, calls: int, options: argparse.Namespace
 ) -> np.ndarray:
-    """Pixels `(images, 64)` of generated digits; batches that an earlier run left in `--keep` are read from there.
+    """Pixels `(images, 64)` of generated digits; batches that this model left in `--keep` earlier are read from there.
 
     Each batch has a seed of its own: all samplers start from the same noise, whatever they draw later.
     """
     pipeline.scheduler = sampler.make(config)
     steps = sampler.steps_within(calls)
     batches = []
-    count, keep = options.num_images, options.keep
+    count = options.num_images
+    keep = options.keep and options.keep / digest_of(pipeline, config)
     parts = np.array_split(balanced_labels(count), range(BATCH_SIZE, count, BATCH_SIZE))
     for seed, labels in enumerate(parts, start=options.seed * SEED_STRIDE):
         path = keep / f"{sampler.name.replace(' ', '_')}-{calls}-{seed}-{len(labels)}.npy" if keep else None
@@ -129,6 +132,13 @@ def pixels_of(
             with new_file(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, batches[-1])
     return np.concatenate(batches)
+
+
+def digest_of(pipeline: TransDiffPipeline, config: dict) -> str:
+    """A name for a model with its sampling settings: other weights draw other pixels."""
+    networks = {name: getattr(pipeline, name) for name in ("condition_encoder", "transformer", "vae")}
+    tensors = {f"{name}.{key}": value for name, part in networks.items() for key, value in part.state_dict().items()}
+    return tensors_digest(tensors, json.dumps([pipeline.config.guidance_scale, config], sort_keys=True, default=str))
 
 
 def ratio_with_interval(
@@ -159,11 +169,11 @@ def digits_settings(options: argparse.Namespace) -> list[tuple[Sampler, int]]:
 
 
 def load(folder: str | Path) -> TransDiffPipeline:
-    """The pipeline in a folder, on a GPU if there is one."""
+    """The pipeline in a folder, on the accelerator if there is one."""
     with without_loading_bars():
         pipeline = TransDiffPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.to(best_device())
     return pipeline
 
 
@@ -282,7 +292,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--calls", type=int, nargs="+", default=DIGITS_CALLS, help="model calls to compare at")
     parser.add_argument("--samplers", nargs="+", help="names of the samplers to compare; all by default")
     parser.add_argument("--grids", action="store_true", help="the best SDE sampler on other time grids too")
-    parser.add_argument("--keep", type=home_path, help="folder that keeps generated pixels for another run")
+    parser.add_argument(
+        "--keep", type=home_path, help="folder that keeps generated pixels for other runs, those of each model apart"
+    )
     options = parser.parse_args(arguments)
     if "digits" in options.parts and options.data is None:
         parser.error("--data is needed: write the digits with `python -m training.digits.export --output FOLDER`")

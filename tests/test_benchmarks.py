@@ -409,6 +409,12 @@ class TestCommands:
         assert [row["calls"] for row in third[1:]] == [1, 2, 3, 4] * 2
         assert all(0 <= row["recognised"] <= 1 and row["variance"] > 0 for row in third)
         assert "| flow map | 1 | 1 |" in (tmp_path / "third_digits.md").read_text()
+        other = tiny_pipeline(1)
+        with torch.no_grad():
+            other.transformer.proj_out.bias.add_(0.1)
+        monkeypatch.setattr(few_steps.TransDiffPipeline, "from_pretrained", lambda *_: other)
+        few_steps.main([*command, "--samplers", SDE_2.name, "--output", str(tmp_path / "fourth")])
+        assert drawn[11:] == [100, 5]  # what other weights drew is not taken for theirs
 
     def test_digits_need_data(self, capsys):
         with pytest.raises(SystemExit):
