@@ -199,7 +199,7 @@ class LossConfig:
     )
     teacher_steps: int = option(12, "flow_map: steps of a path; where it is learned is on their grid, moved at random")
     error_scale: float | None = option(
-        0.003,
+        None,
         "flow_map: a pair with the squared error e weighs c / (e + c), with this as c, so that a few that are far off "
         "do not outweigh the others; null: all weigh the same",
     )
