@@ -202,6 +202,7 @@ class LossConfig:
         None,
         "flow_map: a pair with the squared error e weighs c / (e + c), with this as c, so that a few that are far off "
         "do not outweigh the others; null: all weigh the same",
+        free_on_resume=True,
     )
     diffusion_batch_mul: int = option(4, "timesteps and noises per latent and encoder pass (paper: 4, MRAR 2)")
     label_dropout: float = option(0.1, "probability that a group's label becomes the null class (for guidance)")
