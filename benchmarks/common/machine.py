@@ -27,9 +27,10 @@ ENOUGH_SECONDS = 0.1
 def describe(device: torch.device) -> dict[str, Any]:
     """What a reader must know to compare numbers: processor, threads, versions, date."""
     is_cuda = device.type == "cuda"
+    host = _cpu_name() if device.type == "cpu" else f"{_cpu_name()}, its {device.type}"
     return {
         "date": date.today().isoformat(),
-        "processor": torch.cuda.get_device_name(device) if is_cuda else _cpu_name(),
+        "processor": torch.cuda.get_device_name(device) if is_cuda else host,
         "instructions": None if is_cuda else torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -49,8 +50,8 @@ def _cpu_name() -> str:
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given; a CPU has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def matrix_product_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:

@@ -300,6 +300,11 @@ class TestRuns:
             ({"loss.teacher_steps": 1}, r"must be in 2\.\.100"),
             ({"loss.error_scale": 0.0}, "loss.error_scale is 0.0; it must be above 0, or null"),
             ({"loss.error_scale": -1.0}, "must be above 0"),
+            (
+                {"loss.kind": "velocity", "loss.error_scale": 0.01},
+                "loss.error_scale is 0.01, which loss.kind=flow_map",
+            ),
+            ({"loss.kind": "velocity", "loss.guidance_scale": [1.5]}, "flow_map alone reads: unset it"),
             ({"loss.error_scale": math.nan}, "loss.error_scale"),
             ({"loss.error_scale": math.inf}, "loss.error_scale"),
             ({"loss.guidance_scale": [1.0, 2.0]}, "loss.guidance_scale.*2 values"),

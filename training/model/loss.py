@@ -107,7 +107,7 @@ def flow_map_losses(
     """Mean squared error of the average velocity of each image given the images before it.
 
     With an `error_scale` c the gradient of a pair with the mean squared error e is multiplied by c / (e + c): pairs
-    that are far off, where paths divide, then do not outweigh all others. The losses themselves stay mean squares.
+    that are far off then do not outweigh all others. The losses themselves stay mean squares.
 
     Args:
         encoder, transformer: as in `prefix_losses`.

@@ -215,6 +215,9 @@ class LossConfig:
         require(2 <= steps <= 100, f"loss.teacher_steps is {steps}; it must be in 2..100")
         scale = self.error_scale
         require(scale is None or scale > 0, f"loss.error_scale is {scale}; it must be above 0, or null")
+        for name in ("guidance_scale", "error_scale") if self.kind == "velocity" else ():
+            value = getattr(self, name)
+            require(value is None, f"loss.{name} is {value}, which loss.kind=flow_map alone reads: unset it")
         if self.kind == "flow_map":
             require(mul >= 2, f"loss.diffusion_batch_mul is {mul}; a flow map needs 2 or more: one is the velocity")
             require(
