@@ -121,6 +121,16 @@ class Engine(ABC):
         """What this process keeps of a whole tensor that has the name and shape of a weight."""
         return whole
 
+    def close(self) -> None:
+        """Let go of what exchanges gradients, before the process group is taken down; `module` stays.
+
+        DDP's reducer holds the group too, and PyTorch frees the reducer with the interpreter's lock held. If the group
+        went with it, both could wait forever: the group for its thread to end, and under Gloo that thread for the
+        lock, as long as it has tensors of the last exchange to give back.
+        """
+        self.model = self.module
+        self.accelerator.free_memory()
+
 
 class ReplicatedEngine(Engine):
     """Every process has the whole state. accelerate averages the gradients (DDP) and scales the loss under fp16."""
