@@ -35,7 +35,7 @@ from training.data.labels import without_images
 from training.data.latent_cache import FORMAT, LatentCache, check_settings, read_stamp, reading, write_json
 from training.data.sources import open_source
 from training.data.vae import check_vae, latent_shape, load_vae, module_fingerprint
-from training.distributed.processes import process_state
+from training.distributed.processes import process_state, processes
 from training.settings.config import DataConfig, config_or_exit, require
 from transdiff_pipelines.files import check_folder_writable, new_file
 
@@ -409,9 +409,10 @@ def report(cache: LatentCache, from_scratch: bool = True) -> str:
 def main() -> None:
     with one_line_errors("training.cache_latents"):
         config = config_or_exit("training.cache_latents")
-        cache = cache_latents(config.data)
-        if process_state().is_main_process:
-            print(report(cache, from_scratch=config.model.start_from is None))
+        with processes() as state:
+            cache = cache_latents(config.data)
+            if state.is_main_process:
+                print(report(cache, from_scratch=config.model.start_from is None))
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from training.command_line import positive
 from training.data.errors import DataError
-from training.distributed.processes import process_state
+from training.distributed.processes import process_state, processes
 from training.evaluation.features import Extractor, ExtractorError, load_extractor, try_extractor
 from training.evaluation.measure import TITLES, measure, not_computed
 from training.evaluation.references import Reference, ReferenceImagesError, check_fits, load_reference
@@ -338,22 +339,27 @@ def guidance(text: str) -> float | list[float]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     options = parse(arguments)
-    state = process_state()
-    try:
-        check_folder_writable(options.output)
-        pipe = load_pipeline(options, state.device)
-        check_options(pipe, options)
-        if state.is_main_process and (note := half_precision_note(getattr(torch, options.dtype), state.device)):
-            print(f"note: {note}: --dtype float32", file=sys.stderr)
-        measures = load_measures(pipe, options, state.device) if state.is_main_process else Measures()
-        if options.search:
-            search(pipe, options, measures)
-            return
-        result = evaluate(pipe, options, options.output, measures)
-    except ERRORS as error:
-        sys.exit(f"error: {error}")
+    with processes() as state:
+        try:
+            result = run(options, state)
+        except ERRORS as error:
+            sys.exit(f"error: {error}")
     if result is not None:
         print(summary(result))
+
+
+def run(options: argparse.Namespace, state: PartialState) -> dict[str, Any] | None:
+    """Check everything, then search or evaluate; an evaluation's result on the main process."""
+    check_folder_writable(options.output)
+    pipe = load_pipeline(options, state.device)
+    check_options(pipe, options)
+    if state.is_main_process and (note := half_precision_note(getattr(torch, options.dtype), state.device)):
+        print(f"note: {note}: --dtype float32", file=sys.stderr)
+    measures = load_measures(pipe, options, state.device) if state.is_main_process else Measures()
+    if options.search:
+        search(pipe, options, measures)
+        return None
+    return evaluate(pipe, options, options.output, measures)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """How many processes work together, which of them this is, and how long they wait for each other."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,6 +29,16 @@ def process_state() -> PartialState:
     `PartialState` by itself does not: each process would take itself for the only one, and do the whole work.
     """
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=LONGEST_WAIT)
+
+
+@contextmanager
+def processes() -> Iterator[PartialState]:
+    """`process_state()` for a whole command. The process group is taken down after it, unless it failed; NCCL warns of
+    one that is still up when its process ends.
+    """
+    state = process_state()
+    yield state
+    state.destroy_process_group()
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
