@@ -26,6 +26,7 @@ def main() -> None:
             trainer = Trainer(config_or_exit("training.train", arguments))
             if dry_run:
                 trainer.say(describe(trainer))
+                trainer.end()
             else:
                 trainer.run()
     except (TrainingInterrupted, KeyboardInterrupt) as error:

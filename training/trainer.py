@@ -239,8 +239,13 @@ class Trainer:
                 self._save_when_due()
                 self._stop_if_wanted()
         final = self._finish()
-        self._end()
+        self.end()
         return final
+
+    def end(self) -> None:
+        """Close the trackers and take the process group down, at the very end; `run` does it itself."""
+        self.engine.close()
+        self.accelerator.end_training()
 
     def train_step(self, micro_batches: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, float]:
         """One optimiser step; returns the losses `(N,)` averaged over the global batch, on the CPU, and the gradient
@@ -299,18 +304,13 @@ class Trainer:
                 f"{self.save()}. Lower optimizer.learning_rate, or set mixed_precision to bf16 or no, and run again"
             )
 
-    def _end(self) -> None:
-        """Close the trackers and take the process group down."""
-        self.engine.close()
-        self.accelerator.end_training()
-
     def _stop_if_wanted(self) -> None:
         """Save and raise TrainingInterrupted, if a process was asked to stop and there are steps left."""
         if not self.stopping or self.step == self.rate.total_steps:
             return
         # Even if this step was saved just now: what one process sees on its disk, another one may not.
         saved = self.save()
-        self._end()
+        self.end()
         raise TrainingInterrupted(f"interrupted; step {self.step} is saved in {saved}. Run the command again to go on")
 
     def _report(self, window: Window, bar: tqdm) -> None:
